@@ -1,0 +1,94 @@
+class DType:
+    float32: DType
+    bfloat16: DType
+    float16: DType
+
+class Precision:
+    float32: Precision
+    bf16: Precision
+    int8: Precision
+
+class Element:
+    bf16: Element
+    int8: Element
+    int4: Element
+
+class ScaleType:
+    none: ScaleType
+    float32: ScaleType
+    bf16: ScaleType
+
+class ActivationKind: ...
+
+class LayerSpec:
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: ActivationKind,
+        is_gated: bool,
+        alpha: float,
+        limit: float,
+        up_limit: float,
+        has_bias: bool,
+        element: Element,
+        scale: ScaleType,
+        has_zero_point: bool,
+        group: int,
+    ) -> None: ...
+    @property
+    def bytes_per_expert(self) -> int: ...
+
+class Device:
+    def __init__(self, isa: str, threads: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+
+class Ticket:
+    def wait(self) -> None: ...
+
+class ExpertLayer:
+    def __init__(self, device: Device, spec: LayerSpec) -> None: ...
+    def load(
+        self,
+        expert: int,
+        *,
+        gate: tuple[int, DType, int, int, int, int] | None,
+        up: tuple[int, DType, int, int, int, int],
+        down: tuple[int, DType, int, int, int, int],
+        gate_bias: int,
+        up_bias: int,
+        down_bias: int,
+    ) -> str: ...
+    def unload(self, expert: int) -> None: ...
+    def is_resident(self, expert: int) -> bool: ...
+    def packed_bytes(self, expert: int) -> bytes: ...
+    def submit(
+        self,
+        *,
+        hidden: int,
+        type: DType,
+        precision: Precision,
+        expert_ids: int,
+        weights: int,
+        out: int,
+        tokens: int,
+        top_k: int,
+    ) -> Ticket: ...
+
+def isas() -> list[tuple[str, bool]]: ...
+def select_isa(name: str) -> str: ...
+def activate(
+    isa: str,
+    kind: ActivationKind,
+    is_gated: bool,
+    alpha: float,
+    limit: float,
+    up_limit: float,
+    gate: int,
+    up: int,
+    out: int,
+    n: int,
+) -> None: ...

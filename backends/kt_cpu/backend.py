@@ -1,0 +1,141 @@
+"""The backend ``cpu`` and its one device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kt_core import hardware
+from kt_core.errors import BackendUnavailableError, UnsupportedFormatError
+from kt_core.interfaces import Backend, ExpertDevice
+from kt_core.types import (
+    ActivationPrecision,
+    Capabilities,
+    DeviceInfo,
+    Element,
+    Format,
+    MoeSpec,
+)
+from kt_cpu import _kernels
+
+if TYPE_CHECKING:
+    from kt_cpu.kernel import CpuExpertKernel
+
+FORCE_ISA_VARIABLE = "KT_FORCE_ISA"
+
+# What csrc/format/ knows, in every grouping and scale type.
+_ELEMENTS = frozenset({Element.BF16, Element.INT8, Element.INT4})
+
+
+def selected_isa() -> str:
+    """Return the instruction set in use: ``KT_FORCE_ISA``, or the best this CPU has.
+
+    Raises:
+        BackendUnavailableError: The forced one is unknown to this build or absent here.
+    """
+    forced = os.environ.get(FORCE_ISA_VARIABLE, "")
+    try:
+        return _kernels.select_isa(forced)
+    except (ValueError, RuntimeError) as error:
+        msg = f"{FORCE_ISA_VARIABLE}={forced}: {error}"
+        raise BackendUnavailableError(msg) from error
+
+
+class CpuBackend(Backend):
+    """Every machine has it."""
+
+    name = "cpu"
+
+    def why_unavailable(self) -> str | None:
+        """Return None, unless an instruction set is forced that cannot be had."""
+        try:
+            selected_isa()
+        except BackendUnavailableError as error:
+            return str(error)
+        return None
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """Return the one device: all sockets together."""
+        machine = hardware.detect(with_accelerators=False)
+        return [
+            DeviceInfo(
+                name="cpu",
+                description=machine.cpu.name,
+                torch_device="cpu",
+                memory_bytes=machine.memory.total_bytes,
+            )
+        ]
+
+    def capabilities(self, device: str) -> Capabilities:
+        """See ``Backend.capabilities``."""
+        del device
+        return Capabilities(
+            elements=_ELEMENTS,
+            instruction_set=selected_isa(),
+            instruction_sets=tuple(name for name, is_here in _kernels.isas() if is_here),
+        )
+
+    def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
+        """Start the threads: as many as the machine has physical cores, unless told."""
+        return CpuDevice(
+            self.devices()[0],
+            self.capabilities(device),
+            threads or hardware.detect(with_accelerators=False).cpu.usable_threads,
+        )
+
+
+class CpuDevice(ExpertDevice):
+    """The CPU in use by one engine."""
+
+    def __init__(self, info: DeviceInfo, capabilities: Capabilities, threads: int) -> None:
+        """Start ``threads - 1`` threads; the caller of ``wait`` is the last one."""
+        self.info = info
+        self.capabilities = capabilities
+        self.threads = threads
+        self._device: _kernels.Device | None = _kernels.Device(
+            capabilities.instruction_set or "", threads
+        )
+
+    def expert_bytes(self, spec: MoeSpec, weight_format: Format) -> int:
+        """See ``ExpertDevice.expert_bytes``."""
+        from kt_cpu.kernel import layer_spec
+
+        return layer_spec(spec, weight_format).bytes_per_expert
+
+    def expert_kernel(
+        self,
+        spec: MoeSpec,
+        weight_format: Format,
+        *,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> CpuExpertKernel:
+        """See ``ExpertDevice.expert_kernel``."""
+        if self._device is None:
+            msg = "the device is closed"
+            raise RuntimeError(msg)
+        if not self.capabilities.computes(weight_format):
+            msg = (
+                f"the cpu backend cannot compute format {weight_format.name!r}: its weights are "
+                f"{weight_format.element.value}, and this computes "
+                f"{', '.join(sorted(self.capabilities.elements))}"
+            )
+            raise UnsupportedFormatError(msg)
+        allowed = (
+            (ActivationPrecision.BF16, ActivationPrecision.FLOAT32)
+            if weight_format.element is Element.BF16
+            else (ActivationPrecision.INT8, ActivationPrecision.FLOAT32)
+        )
+        if precision not in (ActivationPrecision.AUTO, *allowed):
+            msg = (
+                f"format {weight_format.name!r} has no {precision.value} activations on the cpu; "
+                f"choose {' or '.join(p.value for p in allowed)}, or auto"
+            )
+            raise UnsupportedFormatError(msg)
+        from kt_cpu.kernel import CpuExpertKernel
+
+        return CpuExpertKernel(self._device, spec, weight_format, precision)
+
+    def close(self) -> None:
+        """Let the threads go; they end when the last kernel of this device does."""
+        self._device = None

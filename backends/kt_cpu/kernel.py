@@ -1,0 +1,289 @@
+"""Experts of one layer, packed in host memory and computed by csrc/."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from kt_core.interfaces import ExpertKernel, ExpertWeights, QuantizedTensor, Ticket
+from kt_core.types import ActivationPrecision, Element, Format, MoeSpec
+from kt_cpu import _kernels
+
+_DTYPES = {
+    torch.float32: _kernels.DType.float32,
+    torch.bfloat16: _kernels.DType.bfloat16,
+    torch.float16: _kernels.DType.float16,
+}
+
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# Address, type, strides of rows and columns in elements, addresses of scales and zero points.
+_Source: TypeAlias = tuple[int, _kernels.DType, int, int, int, int]
+
+
+def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
+    """Return what csrc/ must know about a layer."""
+    activation = spec.activation
+    scale = weight_format.scale.value if weight_format.scale else "none"
+    return _kernels.LayerSpec(
+        num_experts=spec.num_experts,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        activation=getattr(_kernels.ActivationKind, activation.kind.value),
+        is_gated=activation.is_gated,
+        alpha=activation.alpha,
+        limit=activation.limit,
+        up_limit=activation.up_limit,
+        has_bias=spec.has_bias,
+        element=getattr(_kernels.Element, weight_format.element.value),
+        scale=getattr(_kernels.ScaleType, scale),
+        has_zero_point=weight_format.has_zero_point,
+        group=weight_format.group_size or 0,
+    )
+
+
+class CpuTicket(Ticket):
+    """A forward pass under way. Keeps the tensors it reads and writes alive."""
+
+    def __init__(
+        self,
+        ticket: _kernels.Ticket,
+        out: torch.Tensor,
+        dtype: torch.dtype,
+        keep: tuple[torch.Tensor, ...],
+    ) -> None:
+        """Take the tensors that must outlive the work; ``dtype`` is the type to return."""
+        self._ticket = ticket
+        self._out = out
+        self._dtype = dtype
+        self._keep = keep
+
+    def wait(self) -> torch.Tensor:
+        """Help with the work until it is done; return the output."""
+        self._ticket.wait()
+        return self._out.to(self._dtype)
+
+    def __del__(self) -> None:
+        """Never let go of the tensors while threads may read them."""
+        self._ticket.wait()
+
+
+class CpuExpertKernel(ExpertKernel):
+    """See ``ExpertKernel``; the precision ``auto`` follows the type of the hidden states."""
+
+    def __init__(
+        self,
+        device: _kernels.Device,
+        spec: MoeSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+    ) -> None:
+        """Reserve address space for all experts; memory is taken as they are loaded."""
+        self.spec = spec
+        self.weight_format = weight_format
+        self._layer_spec = layer_spec(spec, weight_format)
+        self._layer = _kernels.ExpertLayer(device, self._layer_spec)
+        self._precision = precision
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """See ``ExpertKernel.bytes_per_expert``."""
+        return self._layer_spec.bytes_per_expert
+
+    def load(self, expert: int, weights: ExpertWeights) -> None:
+        """See ``ExpertKernel.load``. Releases the GIL while it packs."""
+        self._check_expert(expert)
+        hidden, inner = self.spec.hidden_size, self.spec.intermediate_size
+        self._check_parts(weights)
+        gate = None if weights.gate is None else self._source("gate", weights.gate, (inner, hidden))
+        up = self._source("up", weights.up, (inner, hidden))
+        down = self._source("down", weights.down, (hidden, inner))
+        biases = [
+            _bias("gate_bias", weights.gate_bias, inner),
+            _bias("up_bias", weights.up_bias, inner),
+            _bias("down_bias", weights.down_bias, hidden),
+        ]
+        bad = self._layer.load(
+            expert,
+            gate=gate and gate[0],
+            up=up[0],
+            down=down[0],
+            gate_bias=_address(biases[0]),
+            up_bias=_address(biases[1]),
+            down_bias=_address(biases[2]),
+        )
+        del gate, up, down  # kept until here: csrc/ reads the tensors behind the addresses
+        if bad:
+            msg = f"the {bad} projection of expert {expert} holds a NaN or an infinity"
+            raise ValueError(msg)
+
+    def unload(self, expert: int) -> None:
+        """See ``ExpertKernel.unload``."""
+        self._check_expert(expert)
+        self._layer.unload(expert)
+
+    def resident(self) -> frozenset[int]:
+        """See ``ExpertKernel.resident``."""
+        experts = range(self.spec.num_experts)
+        return frozenset(e for e in experts if self._layer.is_resident(e))
+
+    def packed_bytes(self, expert: int) -> bytes:
+        """Return a copy of the packed expert, laid out as csrc/format/layout.hpp draws it."""
+        self._check_expert(expert)
+        return self._layer.packed_bytes(expert)
+
+    def submit(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> Ticket:
+        """See ``ExpertKernel.submit``. float16 hidden states are computed as float32."""
+        if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
+            msg = f"hidden must be [tokens, {self.spec.hidden_size}], got {tuple(hidden.shape)}"
+            raise ValueError(msg)
+        if hidden.dtype not in _DTYPES or hidden.device.type != "cpu":
+            kind = f"{hidden.dtype} on {hidden.device}"
+            msg = f"hidden must be float32, bfloat16 or float16 on the cpu, got {kind}"
+            raise ValueError(msg)
+        tokens = hidden.shape[0]
+        if expert_ids.dim() != 2 or expert_ids.shape[0] != tokens or expert_ids.shape[1] < 1:
+            msg = f"expert_ids must be [{tokens}, k >= 1], got {tuple(expert_ids.shape)}"
+            raise ValueError(msg)
+        if weights.shape != expert_ids.shape:
+            msg = f"weights must be {tuple(expert_ids.shape)}, got {tuple(weights.shape)}"
+            raise ValueError(msg)
+        if expert_ids.dtype not in _ID_DTYPES or expert_ids.device.type != "cpu":
+            kind = f"{expert_ids.dtype} on {expert_ids.device}"
+            msg = f"expert_ids must be integers on the cpu, got {kind}"
+            raise ValueError(msg)
+        if not weights.dtype.is_floating_point or weights.device.type != "cpu":
+            kind = f"{weights.dtype} on {weights.device}"
+            msg = f"weights must be floating point on the cpu, got {kind}"
+            raise ValueError(msg)
+        if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+            msg = "packed experts have no gradient yet: use torch.no_grad() or inference_mode()"
+            raise RuntimeError(msg)
+        wanted = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
+        x = hidden.detach().to(wanted).contiguous()
+        ids = expert_ids.to(torch.int64).contiguous()
+        scales = weights.detach().to(torch.float32).contiguous()
+        out = torch.empty_like(x)
+        ticket = self._layer.submit(
+            hidden=x.data_ptr(),
+            type=_DTYPES[wanted],
+            precision=self._compute_precision(wanted),
+            expert_ids=ids.data_ptr(),
+            weights=scales.data_ptr(),
+            out=out.data_ptr(),
+            tokens=tokens,
+            top_k=ids.shape[1],
+        )
+        return CpuTicket(ticket, out, hidden.dtype, (x, ids, scales))
+
+    def _compute_precision(self, dtype: torch.dtype) -> _kernels.Precision:
+        if self._precision is ActivationPrecision.AUTO:
+            if self.weight_format.element is not Element.BF16:
+                return _kernels.Precision.int8
+            wide = dtype is torch.float32
+            return _kernels.Precision.float32 if wide else _kernels.Precision.bf16
+        named: _kernels.Precision = getattr(_kernels.Precision, self._precision.value)
+        return named
+
+    def _check_expert(self, expert: int) -> None:
+        if not 0 <= expert < self.spec.num_experts:
+            msg = f"expert must be in 0..{self.spec.num_experts - 1}, got {expert}"
+            raise ValueError(msg)
+
+    def _check_parts(self, weights: ExpertWeights) -> None:
+        gated, bias = self.spec.activation.is_gated, self.spec.has_bias
+        wanted = {
+            "gate": gated,
+            "gate_bias": gated and bias,
+            "up_bias": bias,
+            "down_bias": bias,
+        }
+        for name, is_wanted in wanted.items():
+            if (getattr(weights, name) is not None) != is_wanted:
+                msg = f"{name} is {'missing' if is_wanted else 'not part of this layer'}"
+                raise ValueError(msg)
+
+    def _source(
+        self, name: str, tensor: torch.Tensor | QuantizedTensor, shape: tuple[int, int]
+    ) -> tuple[_Source, tuple[torch.Tensor, ...]]:
+        """Where csrc/ finds a matrix, and the tensors that must stay alive meanwhile."""
+        if isinstance(tensor, QuantizedTensor):
+            return self._quantized_source(name, tensor, shape)
+        if tuple(tensor.shape) != shape:
+            msg = f"{name} must be {list(shape)}, got {list(tensor.shape)}"
+            raise ValueError(msg)
+        if tensor.dtype not in _DTYPES:
+            msg = f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}"
+            raise ValueError(msg)
+        _check_on_cpu(name, tensor)
+        rows, cols = tensor.stride()
+        source = (tensor.data_ptr(), _DTYPES[tensor.dtype], rows, cols, 0, 0)
+        return source, (tensor,)
+
+    def _quantized_source(
+        self, name: str, tensor: QuantizedTensor, shape: tuple[int, int]
+    ) -> tuple[_Source, tuple[torch.Tensor, ...]]:
+        if tensor.weight_format != self.weight_format:
+            msg = f"{name} is {tensor.weight_format.name!r}, this layer {self.weight_format.name!r}"
+            raise ValueError(msg)
+        if tensor.scales is None:
+            return self._source(name, tensor.codes, shape)
+        groups = (shape[0], self.weight_format.num_groups(shape[1]))
+        dtype = torch.uint8 if self.weight_format.has_zero_point else torch.int8
+        parts: dict[str, tuple[torch.Tensor | None, tuple[int, int], torch.dtype]] = {
+            "codes": (tensor.codes, shape, dtype),
+            "scales": (tensor.scales, groups, torch.float32),
+        }
+        if self.weight_format.has_zero_point:
+            parts["zero_points"] = (tensor.zero_points, groups, torch.uint8)
+        kept = []
+        for part, (value, wanted, kind) in parts.items():
+            if value is None or tuple(value.shape) != wanted or value.dtype is not kind:
+                got = None if value is None else f"{list(value.shape)} {value.dtype}"
+                msg = f"{part} of {name} must be {list(wanted)} {kind}, got {got}"
+                raise ValueError(msg)
+            _check_on_cpu(f"{part} of {name}", value)
+            if part != "scales" and self.weight_format.element is Element.INT4:
+                _check_nibbles(f"{part} of {name}", value)
+            kept.append(value.contiguous())
+        zeros = kept[2].data_ptr() if len(kept) == 3 else 0
+        source = (
+            kept[0].data_ptr(), _kernels.DType.float32, 0, 0, kept[1].data_ptr(), zeros
+        )  # fmt: skip
+        return source, tuple(kept)
+
+
+def _bias(name: str, bias: torch.Tensor | None, size: int) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    if tuple(bias.shape) != (size,):
+        msg = f"{name} must be [{size}], got {list(bias.shape)}"
+        raise ValueError(msg)
+    _check_on_cpu(name, bias)
+    stored = bias.to(torch.float32).contiguous()
+    if not torch.isfinite(stored).all():
+        msg = f"{name} holds a NaN or an infinity"
+        raise ValueError(msg)
+    return stored
+
+
+def _check_on_cpu(name: str, tensor: torch.Tensor) -> None:
+    if tensor.device.type != "cpu":
+        msg = f"{name} must be on the cpu, got {tensor.device}"
+        raise ValueError(msg)
+
+
+def _check_nibbles(name: str, codes: torch.Tensor) -> None:
+    """A code that needs more than four bits would spill into its neighbour."""
+    low, high = (-8, 7) if codes.dtype is torch.int8 else (0, 15)
+    for value in codes.aminmax():
+        if not low <= int(value) <= high:
+            msg = f"{name} must be in {low}..{high}, got {int(value)}"
+            raise ValueError(msg)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,193 @@
+// Python's way in: converts arguments, checks what C++ cannot recover from, releases the GIL.
+// Tensors arrive as addresses, so that nothing here depends on torch's C++ interface.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "isa/dispatch.hpp"
+#include "moe/expert_layer.hpp"
+#include "moe/forward_job.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using kt::DType;
+
+template <class T>
+T* Pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Owned by one engine: its threads, its scratch, its ISA.
+struct Device {
+  const kt::Isa& isa;
+  std::shared_ptr<kt::ThreadPool> pool;
+  std::shared_ptr<kt::ScratchPool> scratch;
+};
+
+struct Ticket {
+  std::shared_ptr<kt::ExpertLayer> layer;  // outlives the job
+  std::shared_ptr<kt::ForwardJob> job;
+
+  void Wait() {
+    const py::gil_scoped_release release;
+    layer->Wait(*job);
+  }
+  ~Ticket() {
+    // The job reads and writes the caller's tensors: never let go of them while it may run.
+    if (job) Wait();
+  }
+};
+
+kt::SourceMatrix MatrixFrom(const py::object& source) {
+  kt::SourceMatrix m{};
+  if (source.is_none()) return m;
+  const auto fields = source.cast<py::tuple>();
+  m.data = Pointer<const void>(fields[0].cast<uintptr_t>());
+  m.type = fields[1].cast<DType>();
+  m.row_stride = fields[2].cast<ptrdiff_t>();
+  m.col_stride = fields[3].cast<ptrdiff_t>();
+  m.scales = Pointer<const float>(fields[4].cast<uintptr_t>());
+  m.zero_points = Pointer<const uint8_t>(fields[5].cast<uintptr_t>());
+  return m;
+}
+
+void BindEnums(py::module_& m) {
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBf16)
+      .value("float16", DType::kFloat16);
+  py::enum_<kt::Precision>(m, "Precision")
+      .value("float32", kt::Precision::kFloat32)
+      .value("bf16", kt::Precision::kBf16)
+      .value("int8", kt::Precision::kInt8);
+  py::enum_<kt::Element>(m, "Element")
+      .value("bf16", kt::Element::kBf16)
+      .value("int8", kt::Element::kInt8)
+      .value("int4", kt::Element::kInt4);
+  py::enum_<kt::ScaleType>(m, "ScaleType")
+      .value("none", kt::ScaleType::kNone)
+      .value("float32", kt::ScaleType::kFloat32)
+      .value("bf16", kt::ScaleType::kBf16);
+  py::enum_<kt::ActivationKind>(m, "ActivationKind")
+      .value("silu", kt::ActivationKind::kSilu)
+      .value("gelu", kt::ActivationKind::kGelu)
+      .value("gelu_tanh", kt::ActivationKind::kGeluTanh)
+      .value("relu", kt::ActivationKind::kRelu)
+      .value("relu2", kt::ActivationKind::kRelu2)
+      .value("swiglu_clamp", kt::ActivationKind::kSwigluClamp)
+      .value("swiglu_clamp_after", kt::ActivationKind::kSwigluClampAfter)
+      .value("swiglu_oai", kt::ActivationKind::kSwigluOai)
+      .value("swiglu_softcap", kt::ActivationKind::kSwigluSoftcap);
+}
+
+void BindSpec(py::module_& m) {
+  py::class_<kt::LayerSpec>(m, "LayerSpec")
+      .def(
+          py::init([](size_t experts, size_t hidden, size_t intermediate, kt::ActivationKind kind,
+                      bool is_gated, float alpha, float limit, float up_limit, bool has_bias,
+                      kt::Element element, kt::ScaleType scale, bool has_zero_point, size_t group) {
+            return kt::LayerSpec{
+                experts,  hidden,  intermediate, {kind, is_gated, alpha, limit, up_limit},
+                has_bias, element, scale,        has_zero_point,
+                group};
+          }),
+          py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
+          py::arg("intermediate_size"), py::arg("activation"), py::arg("is_gated"),
+          py::arg("alpha"), py::arg("limit"), py::arg("up_limit"), py::arg("has_bias"),
+          py::arg("element"), py::arg("scale"), py::arg("has_zero_point"), py::arg("group"))
+      .def_property_readonly("bytes_per_expert",
+                             [](const kt::LayerSpec& s) { return kt::LayoutOf(s).bytes; });
+}
+
+void BindLayer(py::module_& m) {
+  py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket").def("wait", &Ticket::Wait);
+
+  py::class_<kt::ExpertLayer, std::shared_ptr<kt::ExpertLayer>>(m, "ExpertLayer")
+      .def(py::init([](const Device& device, const kt::LayerSpec& spec) {
+             return std::make_shared<kt::ExpertLayer>(spec, *device.isa.kernels, device.pool,
+                                                      device.scratch);
+           }),
+           py::arg("device"), py::arg("spec"))
+      .def(
+          "load",
+          [](kt::ExpertLayer& layer, size_t expert, const py::object& gate, const py::object& up,
+             const py::object& down, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias) {
+            const kt::ExpertSource source{MatrixFrom(gate),
+                                          MatrixFrom(up),
+                                          MatrixFrom(down),
+                                          Pointer<const float>(gate_bias),
+                                          Pointer<const float>(up_bias),
+                                          Pointer<const float>(down_bias)};
+            const char* bad = nullptr;
+            {
+              const py::gil_scoped_release release;
+              bad = layer.Load(expert, source);
+            }
+            return bad ? std::string(bad) : std::string();
+          },
+          py::arg("expert"), py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("down"),
+          py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"),
+          "Pack one expert; return the projection that is not finite, or ''.")
+      .def("unload", &kt::ExpertLayer::Unload)
+      .def("is_resident", &kt::ExpertLayer::IsResident)
+      .def("packed_bytes",
+           [](const kt::ExpertLayer& layer, size_t expert) {
+             const auto bytes = layer.Bytes(expert);
+             return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+           })
+      .def(
+          "submit",
+          [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
+             kt::Precision precision, uintptr_t ids, uintptr_t weights, uintptr_t out,
+             size_t tokens, size_t top_k) {
+            auto ticket = std::make_shared<Ticket>();
+            ticket->layer = layer;
+            ticket->job = layer->Submit({Pointer<const void>(hidden), type, precision,
+                                         Pointer<const int64_t>(ids), Pointer<const float>(weights),
+                                         Pointer<void>(out), tokens, top_k});
+            return ticket;
+          },
+          py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
+          py::arg("expert_ids"), py::arg("weights"), py::arg("out"), py::arg("tokens"),
+          py::arg("top_k"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, m) {
+  BindEnums(m);
+  BindSpec(m);
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::pair<std::string, bool>> isas;
+        for (const kt::Isa& isa : kt::AllIsas()) isas.emplace_back(isa.name, isa.is_supported());
+        return isas;
+      },
+      "(name, whether this CPU can run it) of every instruction set in this build, best first.");
+  m.def("select_isa",
+        [](const std::string& name) { return std::string(kt::SelectIsa(name).name); });
+  m.def(
+      "activate",
+      [](const std::string& isa, kt::ActivationKind kind, bool is_gated, float alpha, float limit,
+         float up_limit, uintptr_t gate, uintptr_t up, uintptr_t out, size_t n) {
+        if (n % kt::kPanel != 0) throw std::invalid_argument("n must be a multiple of 16");
+        kt::SelectIsa(isa).kernels->activate({kind, is_gated, alpha, limit, up_limit},
+                                             Pointer<const float>(gate), Pointer<const float>(up),
+                                             Pointer<float>(out), n);
+      },
+      "One activation over n float32, for tests.");
+
+  py::class_<Device>(m, "Device")
+      .def(py::init([](const std::string& isa, size_t threads) {
+             return Device{kt::SelectIsa(isa), std::make_shared<kt::ThreadPool>(threads),
+                           std::make_shared<kt::ScratchPool>()};
+           }),
+           py::arg("isa"), py::arg("threads"))
+      .def_property_readonly("isa", [](const Device& d) { return std::string(d.isa.name); });
+  BindLayer(m);
+}

@@ -1,0 +1,21 @@
+// int8 weights. A 64-byte row: for output n, inputs k..k+3 in the four bytes of lane n, low first.
+namespace kt::KT_ISA {
+namespace {
+
+struct Int8 {
+  static constexpr int kValuesPerRow = 4;
+  static constexpr bool kIsInteger = true;
+  static constexpr bool kHasZeroPoint = false;
+  static constexpr int kDotsPerRow = 1;         // groups of four inputs in one row
+  static constexpr int kDotZero = kInt8Offset;  // Dot() multiplies by (weight + kDotZero)
+
+  static F32 Value(I32 row, int j) { return ToF32(Sar(Shl(row, 24 - 8 * j), 24)); }
+  static I32 DotOperand(I32 row, int) {
+    // Adding 128 to a byte is flipping its top bit.
+    return kInt8Offset == 128 ? Xor(row, I32::Set(static_cast<int32_t>(0x80808080u))) : row;
+  }
+  static I32 Dot(I32 acc, I32 operand, const void* a) { return DotI8(acc, operand, a); }
+};
+
+}  // namespace
+}  // namespace kt::KT_ISA

@@ -1,0 +1,95 @@
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+// These headers are included by the objects of every instruction set: nothing in them may become a
+// symbol of its own, or the linker could keep the AVX-512 copy for all (tools/check_symbols.py).
+#define KT_INLINE [[gnu::always_inline]] inline
+
+// Where the bytes of one packed expert lie. One layout for every ISA, AVX2 to AMX, so that packed
+// weights can be moved, mapped and shared without being packed again.
+//
+// A matrix [rows = outputs, cols = inputs] is cut into panels of 16 outputs. A panel is contiguous:
+//
+//   scales       [groups][16]  float32 or bfloat16, padded to 64 bytes; absent for bf16
+//   zero points  [groups][16]  uint8, padded to 64 bytes; absent unless the format has them
+//   weights      [padded_cols * bits / 32][64 bytes]
+//
+// One 64-byte row of weights holds, for each of the 16 outputs in turn, 4 bytes of consecutive
+// inputs: 2 bfloat16, 4 int8, or 8 int4 (the layout of an AMX B tile, 16 rows to the tile). Inputs
+// are padded with zeros to a multiple of 64 and of the group size, outputs to a multiple of 16.
+//
+// An expert is contiguous: gate panel 0, up panel 0, gate panel 1, up panel 1, ... (up panels alone
+// where there is no gate), the down panels, then float32 biases of gate, up and down.
+namespace kt {
+
+constexpr size_t kPanel = 16;
+constexpr size_t kRowBytes = 64;
+constexpr size_t kColumnPad = 64;
+// Inputs that share a scale of the dynamic int8 activations where the weights have no groups.
+constexpr size_t kActivationGroup = 128;
+
+enum class Element : uint8_t { kBf16, kInt8, kInt4 };
+enum class ScaleType : uint8_t { kNone, kFloat32, kBf16 };
+
+[[gnu::always_inline]] constexpr size_t RoundUp(size_t n, size_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+struct MatrixLayout {
+  Element element;
+  ScaleType scale;
+  bool has_zero_point;
+  size_t group;  // inputs per scale; 0: one scale per output
+  size_t rows, cols;
+  // Derived by MakeLayout.
+  size_t padded_cols, panels, groups;
+  size_t zero_offset, weight_offset, panel_bytes;
+};
+
+KT_INLINE size_t ElementBits(Element element) {
+  return element == Element::kBf16 ? 16 : element == Element::kInt8 ? 8 : 4;
+}
+
+KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, bool has_zero_point,
+                                  size_t group, size_t rows, size_t cols) {
+  MatrixLayout m{element, scale, has_zero_point, group, rows, cols, 0, 0, 0, 0, 0, 0};
+  m.padded_cols = RoundUp(cols, group > kColumnPad ? group : kColumnPad);
+  m.panels = RoundUp(rows, kPanel) / kPanel;
+  m.groups = scale == ScaleType::kNone ? 0 : group == 0 ? 1 : m.padded_cols / group;
+  const size_t scale_bytes = scale == ScaleType::kFloat32 ? 4 : scale == ScaleType::kBf16 ? 2 : 0;
+  m.zero_offset = RoundUp(m.groups * kPanel * scale_bytes, kRowBytes);
+  m.weight_offset = m.zero_offset + (has_zero_point ? RoundUp(m.groups * kPanel, kRowBytes) : 0);
+  m.panel_bytes = m.weight_offset + m.padded_cols * kPanel * ElementBits(element) / 8;
+  return m;
+}
+
+struct ExpertLayout {
+  bool has_gate, has_bias;
+  MatrixLayout up;    // of the gate too: [intermediate, hidden]
+  MatrixLayout down;  // [hidden, intermediate]
+  // Derived by MakeExpertLayout, in bytes from the expert's first.
+  size_t up_stride, down_offset, bias_offset, bytes;
+
+  KT_INLINE size_t UpPanel(size_t p) const {
+    return p * up_stride + (has_gate ? up.panel_bytes : 0);
+  }
+  KT_INLINE size_t GatePanel(size_t p) const { return p * up_stride; }
+  KT_INLINE size_t DownPanel(size_t p) const { return down_offset + p * down.panel_bytes; }
+  KT_INLINE size_t GateBias() const { return bias_offset; }
+  KT_INLINE size_t UpBias() const { return bias_offset + (has_gate ? up.panels * kPanel * 4 : 0); }
+  KT_INLINE size_t DownBias() const { return UpBias() + up.panels * kPanel * 4; }
+};
+
+KT_INLINE ExpertLayout MakeExpertLayout(bool has_gate, bool has_bias, MatrixLayout up,
+                                        MatrixLayout down) {
+  ExpertLayout e{has_gate, has_bias, up, down, 0, 0, 0, 0};
+  e.up_stride = up.panel_bytes * (has_gate ? 2 : 1);
+  e.down_offset = up.panels * e.up_stride;
+  e.bias_offset = e.down_offset + down.panels * down.panel_bytes;
+  e.bytes = e.bias_offset;
+  if (has_bias) e.bytes = RoundUp(e.DownBias() + down.panels * kPanel * 4, kRowBytes);
+  return e;
+}
+
+}  // namespace kt

@@ -1,0 +1,29 @@
+// Joins the algorithms for the ISA whose simd/ header the including file has chosen. Included once
+// per translation unit. No std:: templates may be instantiated here: their weak symbols, built with
+// this file's flags, could be the ones an older CPU runs.
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "format/bf16.hpp"
+#include "format/bfloat16.hpp"
+#include "format/int4.hpp"
+#include "format/int8.hpp"
+#include "moe/kernels.hpp"
+#include "tile/vector.hpp"
+
+#include "moe/panel-inl.hpp"
+
+#include "moe/activation-inl.hpp"
+
+#include "moe/prepare-inl.hpp"
+
+#include "moe/forward-inl.hpp"
+
+#include "moe/pack-inl.hpp"
+
+namespace kt::KT_ISA {
+extern const Kernels kKernels;
+const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray};
+}  // namespace kt::KT_ISA

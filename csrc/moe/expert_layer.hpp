@@ -1,0 +1,110 @@
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "moe/kernels.hpp"
+#include "runtime/thread_pool.hpp"
+
+namespace kt {
+
+struct LayerSpec {
+  size_t num_experts, hidden_size, intermediate_size;
+  Activation activation;
+  bool has_bias;
+  Element element;
+  ScaleType scale;
+  bool has_zero_point;
+  size_t group;  // 0: per output
+};
+
+ExpertLayout LayoutOf(const LayerSpec& spec);
+
+// Sources of one expert; `gate.data` is null where there is no gate, biases where there are none.
+struct ExpertSource {
+  SourceMatrix gate, up, down;
+  const float *gate_bias, *up_bias, *down_bias;
+};
+
+// Buffers of one call, kept from call to call so that a decode step allocates nothing.
+struct Scratch {
+  std::vector<uint8_t> hidden, inter_rows;
+  std::vector<float> inter, out;
+};
+
+class ScratchPool {
+ public:
+  std::unique_ptr<Scratch> Take();
+  void Give(std::unique_ptr<Scratch> scratch);
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Scratch>> free_;
+};
+
+// Memory for the packed experts of one layer: one contiguous mapping, pages given back on unload.
+class ExpertMemory {
+ public:
+  ExpertMemory(size_t experts, size_t bytes_per_expert);  // throws std::bad_alloc
+  ~ExpertMemory();
+  ExpertMemory(const ExpertMemory&) = delete;
+  ExpertMemory& operator=(const ExpertMemory&) = delete;
+
+  uint8_t* At(size_t expert) const { return base_ + expert * stride_; }
+  void Release(size_t expert);
+
+ private:
+  uint8_t* base_;
+  size_t experts_, stride_;
+};
+
+// out[t] = sum_k weights[t, k] * expert[ids[t, k]](hidden[t]); id -1 adds nothing.
+struct ForwardArgs {
+  const void* hidden;         // [tokens, hidden] float32 or bfloat16, contiguous
+  DType type;                 // of hidden and of out
+  Precision precision;        // one that exists for the layer's weights
+  const int64_t* expert_ids;  // [tokens, top_k]
+  const float* weights;       // [tokens, top_k]
+  void* out;                  // [tokens, hidden], overwritten
+  size_t tokens, top_k;
+};
+
+class ForwardJob;
+
+class ExpertLayer {
+ public:
+  ExpertLayer(const LayerSpec& spec, const Kernels& kernels, std::shared_ptr<ThreadPool> pool,
+              std::shared_ptr<ScratchPool> scratch);
+
+  const ExpertLayout& layout() const { return layout_; }
+  const LayerSpec& spec() const { return spec_; }
+
+  // Packs one expert. Returns the name of the projection that holds a NaN or an infinity (the
+  // expert is then not resident), or null. May be called from several threads for different
+  // experts.
+  const char* Load(size_t expert, const ExpertSource& source);
+  void Unload(size_t expert);
+  bool IsResident(size_t expert) const { return resident_[expert].load(std::memory_order_acquire); }
+  // The packed bytes, for tests and for moving an expert.
+  std::span<const uint8_t> Bytes(size_t expert) const;
+
+  // Throws std::invalid_argument: an id is out of range, or an expert is not resident.
+  std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args);
+  void Wait(ForwardJob& job);
+
+ private:
+  friend class ForwardJob;
+  LayerSpec spec_;
+  const Kernels& kernels_;
+  ExpertLayout layout_;
+  std::shared_ptr<ThreadPool> pool_;
+  std::shared_ptr<ScratchPool> scratch_;
+  ExpertMemory memory_;
+  std::vector<std::atomic<bool>> resident_;
+};
+
+}  // namespace kt

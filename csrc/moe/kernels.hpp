@@ -1,0 +1,131 @@
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "format/layout.hpp"
+
+// What each ISA provides: five functions over plain structs. They allocate nothing, throw nothing
+// and read no environment; shapes have been checked before they are called.
+namespace kt {
+
+enum class Precision : uint8_t { kFloat32, kBf16, kInt8 };
+enum class DType : uint8_t { kFloat32, kBf16, kFloat16 };
+
+enum class ActivationKind : uint8_t {
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kRelu,
+  kRelu2,
+  kSwigluClamp,
+  kSwigluClampAfter,
+  kSwigluOai,
+  kSwigluSoftcap,
+};
+
+struct Activation {
+  ActivationKind kind;
+  bool is_gated;
+  float alpha, limit, up_limit;
+};
+
+// Rows of activations in the form the dot products want. A row is `row_bytes` long:
+//   values        padded_cols of float32, bfloat16 or int8; zero beyond the last input
+//   scales        [groups] float32                                       (int8 only)
+//   corrections   [groups] int32: -zero * sum of the group's values, so that a dot product with
+//                 unsigned codes starts there; -sum where zeros are per weight group  (int8 only)
+struct ActivationRows {
+  Precision precision;
+  size_t cols, padded_cols;
+  size_t group, groups;  // inputs per scale
+  size_t scale_offset, correction_offset, row_bytes;
+  uint8_t* data;
+};
+
+KT_INLINE ActivationRows MakeActivationRows(Precision precision, const MatrixLayout& weights) {
+  ActivationRows a{precision, weights.cols, weights.padded_cols, 0, 0, 0, 0, 0, nullptr};
+  a.group = weights.group ? weights.group : kActivationGroup;
+  a.groups = RoundUp(a.padded_cols, a.group) / a.group;
+  const size_t value_bytes = precision == Precision::kFloat32 ? 4
+                             : precision == Precision::kBf16  ? 2
+                                                              : 1;
+  a.scale_offset = a.padded_cols * value_bytes;
+  a.correction_offset = a.scale_offset + a.groups * 4;
+  a.row_bytes =
+      RoundUp(precision == Precision::kInt8 ? a.correction_offset + a.groups * 4 : a.scale_offset,
+              kRowBytes);
+  return a;
+}
+
+// rows[r] = source[r] converted. A group with a NaN or an infinity gets a NaN scale, so that bad
+// numbers stay visible in the output.
+struct PrepareArgs {
+  const void* source;  // float32 or bfloat16, `source_stride` elements from row to row
+  DType source_type;
+  size_t source_stride;
+  size_t first_row, last_row;
+  const MatrixLayout* weights;  // which format's zero the corrections are for
+  ActivationRows rows;
+};
+
+// inter[i, n] = act(gate[n] . x[tokens[i]] + bias, up[n] . x[tokens[i]] + bias), for the 16 *
+// panels outputs of panels first_panel..last_panel-1 of one expert.
+struct GateUpArgs {
+  const uint8_t* expert;
+  const ExpertLayout* layout;
+  ActivationRows hidden;
+  const int32_t* tokens;  // [count] rows of `hidden`
+  size_t count;
+  Activation activation;
+  float* inter;  // [count, inter_stride]
+  size_t inter_stride;
+  size_t first_panel, last_panel;
+};
+
+// out[tokens[i], h] += weights[i] * (down[h] . inter[i] + bias), for those panels of one expert.
+// Panels of `out` are written by one thread at a time: there is no race, and sums are in the order
+// of the calls.
+struct DownArgs {
+  const uint8_t* expert;
+  const ExpertLayout* layout;
+  ActivationRows inter;  // row i belongs to tokens[i]
+  const int32_t* tokens;
+  const float* weights;
+  size_t count;
+  float* out;  // [tokens, out_stride], out_stride a multiple of 16
+  size_t out_stride;
+  size_t first_panel, last_panel;
+};
+
+// One matrix to pack: dense (element [r, c] at data + r * row_stride + c * col_stride, in
+// elements), or already quantised, with contiguous canonical codes, scales and zero points.
+struct SourceMatrix {
+  const void* data;
+  DType type;
+  ptrdiff_t row_stride, col_stride;
+  const float* scales;         // null: dense, to be quantised
+  const uint8_t* zero_points;  // with scales
+};
+
+// Packs panels first..last-1 to target + panel * panel_stride. `scratch` holds PackScratchBytes().
+struct PackArgs {
+  SourceMatrix source;
+  const MatrixLayout* layout;
+  uint8_t* target;
+  size_t panel_stride;
+  void* scratch;
+};
+// Per panel: 16 rows of float32 and of codes.
+KT_INLINE size_t PackScratchBytes(const MatrixLayout& m) {
+  return kPanel * m.padded_cols * (4 + 2);
+}
+
+struct Kernels {
+  void (*prepare)(const PrepareArgs&);
+  void (*gate_up)(const GateUpArgs&);
+  void (*down)(const DownArgs&);
+  bool (*pack)(const PackArgs&);  // false: a weight or a scale is NaN or infinite
+  void (*activate)(const Activation&, const float* gate, const float* up, float* out, size_t n);
+};
+
+}  // namespace kt

@@ -1,0 +1,86 @@
+// Activations into the form the dot products want: see ActivationRows.
+namespace kt::KT_ISA {
+namespace {
+
+// Inputs first..first+n-1 of a row as float32, n a multiple of 16; zero beyond the last input.
+inline void LoadInputs(const PrepareArgs& args, size_t row, size_t first, size_t n, float* target) {
+  const bool is_bf16 = args.source_type == DType::kBf16;
+  const size_t at = row * args.source_stride + first;
+  const uint16_t* narrow = static_cast<const uint16_t*>(args.source) + at;
+  const float* wide = static_cast<const float*>(args.source) + at;
+  const size_t valid = args.rows.cols <= first ? 0 : args.rows.cols - first;
+  for (size_t i = 0; i < n; i += 16) {
+    F32 v = F32::Set(0.0f);
+    if (i + 16 <= valid) {
+      v = is_bf16 ? F32::LoadBf16(narrow + i) : F32::Load(wide + i);
+    } else if (i < valid) {  // the only tail: copied, so that nothing past the row is read
+      uint16_t few16[16] = {};
+      float few32[16] = {};
+      if (is_bf16) memcpy(few16, narrow + i, (valid - i) * 2);
+      else memcpy(few32, wide + i, (valid - i) * 4);
+      v = is_bf16 ? F32::LoadBf16(few16) : F32::Load(few32);
+    }
+    v.Store(target + i);
+  }
+}
+
+// values = round(x / scale), scale = max|x| / 127, over n inputs, a multiple of 16.
+inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale, int32_t* sum) {
+  F32 peak = F32::Set(0.0f), poison = F32::Set(0.0f);
+  for (size_t i = 0; i < n; i += 16) {
+    const F32 v = F32::Load(x + i);
+    peak = Max(Abs(v), peak);
+    poison = MulAdd(v, F32::Set(0.0f), poison);  // NaN if any input is NaN or infinite
+  }
+  const float largest = ReduceMax(peak);
+  // 127 / largest overflows for the smallest numbers: such a group counts as zero.
+  const bool is_zero = !(largest >= 1e-35f);
+  const F32 inverse = F32::Set(is_zero ? 0.0f : 127.0f / largest);
+  I32 total = I32::Set(0);
+  for (size_t i = 0; i < n; i += 16) {
+    // In this order of operands NaN becomes 127: it has no integer, and `poison` carries it.
+    const F32 v = Mul(F32::Load(x + i), inverse);
+    const I32 q = ToI32(Max(F32::Set(-127.0f), Min(v, F32::Set(127.0f))));
+    q.StoreI8(values + i);
+    total = Add(total, q);
+  }
+  *scale = (is_zero ? 0.0f : largest / 127.0f) + ReduceAdd(poison);
+  *sum = ReduceAdd(total);
+}
+
+// What the dot products add to each weight; 1 where zeros are stored with the weights, by which
+// PanelInt8 then multiplies.
+inline int32_t FormatZero(const MatrixLayout& weights) {
+  if (weights.has_zero_point) return 1;
+  return weights.element == Element::kInt8 ? Int8::kDotZero : Int4<false>::kDotZero;
+}
+
+void Prepare(const PrepareArgs& args) {
+  const ActivationRows& rows = args.rows;
+  const int32_t zero = FormatZero(*args.weights);
+  float block[kActivationGroup];  // no group is larger
+  for (size_t r = args.first_row; r < args.last_row; ++r) {
+    uint8_t* row = rows.data + r * rows.row_bytes;
+    float* scales = reinterpret_cast<float*>(row + rows.scale_offset);
+    int32_t* corrections = reinterpret_cast<int32_t*>(row + rows.correction_offset);
+    for (size_t g = 0; g < rows.groups; ++g) {
+      const size_t first = g * rows.group, n = GroupSize(rows, g);
+      if (rows.precision == Precision::kFloat32) {
+        LoadInputs(args, r, first, n, reinterpret_cast<float*>(row) + first);
+        continue;
+      }
+      LoadInputs(args, r, first, n, block);
+      if (rows.precision == Precision::kBf16) {
+        uint16_t* values = reinterpret_cast<uint16_t*>(row) + first;
+        for (size_t i = 0; i < n; ++i) values[i] = ToBf16(block[i]);
+      } else {
+        int32_t sum;
+        QuantizeGroup(block, n, reinterpret_cast<int8_t*>(row) + first, scales + g, &sum);
+        corrections[g] = -zero * sum;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kt::KT_ISA

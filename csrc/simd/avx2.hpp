@@ -1,0 +1,139 @@
+#pragma once
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+// 16 lanes as two 256-bit registers. Needs AVX2, FMA. The words are explained in simd/scalar.hpp.
+namespace kt::KT_ISA {
+namespace {
+
+constexpr int kTokenBlock = 4;
+constexpr int kInt8Offset = 0;
+
+struct F32 {
+  __m256 lo, hi;
+  static F32 Set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F32 Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static F32 LoadBf16(const uint16_t* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(raw));
+    const __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(raw, 1));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  }
+  void Store(float* p) const {
+    _mm256_storeu_ps(p, lo);
+    _mm256_storeu_ps(p + 8, hi);
+  }
+};
+
+struct I32 {
+  __m256i lo, hi;
+  static I32 Set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static I32 Load(const void* p) {
+    const __m256i* q = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  static I32 LoadU8(const uint8_t* p) {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepu8_epi32(raw), _mm256_cvtepu8_epi32(_mm_srli_si128(raw, 8))};
+  }
+  void StoreI8(int8_t* p) const {
+    // packs works within 128-bit halves: put the four quarters back in order afterwards.
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
+};
+
+inline F32 Add(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline F32 Sub(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline F32 Mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline F32 Div(F32 a, F32 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline F32 Min(F32 a, F32 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline F32 Max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline F32 MulAdd(F32 a, F32 b, F32 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline F32 Abs(F32 a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+inline F32 IfLess(F32 a, F32 b, F32 yes, F32 no) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+inline float ReduceMax(F32 a) {
+  const __m256 m = _mm256_max_ps(a.lo, a.hi);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+inline float ReduceAdd(F32 a) {
+  const __m256 m = _mm256_add_ps(a.lo, a.hi);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+
+inline I32 Add(I32 a, I32 b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline I32 Mul(I32 a, I32 b) {
+  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+}
+inline I32 And(I32 a, I32 b) {
+  return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+inline I32 Xor(I32 a, I32 b) {
+  return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+inline I32 Shl(I32 a, int n) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
+inline I32 Shr(I32 a, int n) { return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)}; }
+inline I32 Sar(I32 a, int n) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
+inline int32_t ReduceAdd(I32 a) {
+  const __m256i m = _mm256_add_epi32(a.lo, a.hi);
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+
+inline F32 ToF32(I32 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline I32 ToI32(F32 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+inline F32 AsF32(I32 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+
+inline int32_t FourBytes(const void* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return x;
+}
+
+inline __m256i AddPairs(__m256i acc, __m256i products16) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(products16, _mm256_set1_epi16(1)));
+}
+
+// maddubs wants one unsigned operand: move the weights' signs to the activations. No saturation:
+// 128 * 127 * 2 = 32512 fits int16 (activations are within -127..127, see moe/prepare-inl.hpp).
+inline I32 DotI8(I32 acc, I32 w, const void* a) {
+  const __m256i x = _mm256_set1_epi32(FourBytes(a));
+  return {AddPairs(acc.lo, _mm256_maddubs_epi16(_mm256_abs_epi8(w.lo), _mm256_sign_epi8(x, w.lo))),
+          AddPairs(acc.hi, _mm256_maddubs_epi16(_mm256_abs_epi8(w.hi), _mm256_sign_epi8(x, w.hi)))};
+}
+inline I32 DotU4(I32 acc, I32 w, const void* a) {
+  const __m256i x = _mm256_set1_epi32(FourBytes(a));
+  return {AddPairs(acc.lo, _mm256_maddubs_epi16(w.lo, x)),
+          AddPairs(acc.hi, _mm256_maddubs_epi16(w.hi, x))};
+}
+
+inline F32 DotBf16(F32 acc, I32 w, const void* a) {
+  const int32_t pair = FourBytes(a);
+  const int32_t high = static_cast<int32_t>(0xffff0000u);
+  const F32 even = AsF32(I32::Set(static_cast<int32_t>(static_cast<uint32_t>(pair) << 16)));
+  const F32 odd = AsF32(I32::Set(pair & high));
+  return MulAdd(AsF32(And(w, I32::Set(high))), odd, MulAdd(AsF32(Shl(w, 16)), even, acc));
+}
+
+}  // namespace
+}  // namespace kt::KT_ISA

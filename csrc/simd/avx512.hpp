@@ -1,0 +1,110 @@
+#pragma once
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+// 16 lanes as one 512-bit register. Needs AVX-512 F, BW, DQ, VL; the dot products take VNNI and
+// BF16 where the translation unit is built with them. The words are explained in simd/scalar.hpp.
+namespace kt::KT_ISA {
+namespace {
+
+constexpr int kTokenBlock = 8;
+#ifdef __AVX512VNNI__
+constexpr int kInt8Offset = 128;  // vpdpbusd multiplies unsigned by signed: weights become w + 128
+#else
+constexpr int kInt8Offset = 0;
+#endif
+
+struct F32 {
+  __m512 v;
+  static F32 Set(float x) { return {_mm512_set1_ps(x)}; }
+  static F32 Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static F32 LoadBf16(const uint16_t* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+  }
+  void Store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+
+struct I32 {
+  __m512i v;
+  static I32 Set(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static I32 Load(const void* p) { return {_mm512_loadu_si512(p)}; }
+  static I32 LoadU8(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  void StoreI8(int8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
+};
+
+inline F32 Add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 Sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 Mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 Div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32 Min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F32 Max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32 MulAdd(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 Abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+inline F32 IfLess(F32 a, F32 b, F32 yes, F32 no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+inline float ReduceMax(F32 a) { return _mm512_reduce_max_ps(a.v); }
+inline float ReduceAdd(F32 a) { return _mm512_reduce_add_ps(a.v); }
+
+inline I32 Add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I32 Mul(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I32 And(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I32 Xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline I32 Shl(I32 a, int n) { return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))}; }
+inline I32 Shr(I32 a, int n) { return {_mm512_srli_epi32(a.v, static_cast<unsigned>(n))}; }
+inline I32 Sar(I32 a, int n) { return {_mm512_srai_epi32(a.v, static_cast<unsigned>(n))}; }
+inline int32_t ReduceAdd(I32 a) { return _mm512_reduce_add_epi32(a.v); }
+
+inline F32 ToF32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I32 ToI32(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline F32 AsF32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+inline __m512i Broadcast4(const void* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+
+#ifdef __AVX512VNNI__
+// `w` holds w + kInt8Offset as unsigned bytes: see format/int8.hpp.
+inline I32 DotI8(I32 acc, I32 w, const void* a) {
+  return {_mm512_dpbusd_epi32(acc.v, w.v, Broadcast4(a))};
+}
+inline I32 DotU4(I32 acc, I32 w, const void* a) { return DotI8(acc, w, a); }
+#else
+inline __m512i AddPairs(__m512i acc, __m512i products16) {
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(products16, _mm512_set1_epi16(1)));
+}
+// As in simd/avx2.hpp: the weights' signs move to the activations, nothing saturates.
+inline I32 DotI8(I32 acc, I32 w, const void* a) {
+  const __m512i x = Broadcast4(a);
+  const __m512i signed_x =
+      _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w.v), _mm512_setzero_si512(), x);
+  return {AddPairs(acc.v, _mm512_maddubs_epi16(_mm512_abs_epi8(w.v), signed_x))};
+}
+inline I32 DotU4(I32 acc, I32 w, const void* a) {
+  return {AddPairs(acc.v, _mm512_maddubs_epi16(w.v, Broadcast4(a)))};
+}
+#endif
+
+inline F32 DotBf16(F32 acc, I32 w, const void* a) {
+#ifdef __AVX512BF16__
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)Broadcast4(a))};
+#else
+  const __m512i pair = Broadcast4(a);
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  const F32 even = {_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))};
+  const F32 odd = {_mm512_castsi512_ps(_mm512_and_si512(pair, high))};
+  return MulAdd(AsF32({_mm512_and_si512(w.v, high)}), odd, MulAdd(AsF32(Shl(w, 16)), even, acc));
+#endif
+}
+
+}  // namespace
+}  // namespace kt::KT_ISA

@@ -1,0 +1,7 @@
+"""Tensors on disk: which file holds which, and slices of them without reading the rest."""
+
+from __future__ import annotations
+
+from kt_core.checkpoint.safetensors_files import Checkpoint, TensorInfo, open_checkpoint
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]

@@ -1,0 +1,131 @@
+"""``kt run``: answer one prompt, or chat."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kt_core.cli import run_options as option
+from kt_core.cli.answer import answer, answer_json
+from kt_core.cli.output import progress_bar, registry_of
+from kt_core.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from kt_core.engine import Engine
+
+EPILOG = """
+Examples:
+
+* `kt run demo "What is the capital of France?" --temperature 0`
+* `kt run ./Qwen3-30B-A3B --format int4` starts a chat
+* `kt run demo < question.txt`
+* `kt run demo "Say hello" --json | jq .decode_tokens_per_s`
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=EPILOG)(run)
+
+
+def run(
+    context: typer.Context,
+    model: option.Model,
+    prompt: option.Prompt = None,
+    *,
+    weight_format: option.Format = "auto",
+    device: option.Device = "auto",
+    threads: option.Threads = None,
+    max_new_tokens: option.MaxNewTokens = 512,
+    temperature: option.Temperature = 0.7,
+    top_p: option.TopP = 0.95,
+    top_k: option.TopK = 0,
+    seed: option.Seed = None,
+    stop: option.Stop = None,
+    system: option.System = None,
+    raw: option.Raw = False,
+    as_json: option.AsJson = False,
+    verbose: option.Verbose = False,
+) -> None:
+    """Answer a prompt, or chat with a model.
+
+    The answer goes to stdout, statistics go to stderr. Exits with 1 after an error, 130 after
+    Ctrl-C.
+    """
+    if raw and system:
+        msg = "--system is a message of the chat template, which --raw turns off: use one of them"
+        raise InvalidRequestError(msg)
+    if top_p == 0:
+        msg = "--top-p must be above 0 (--temperature 0 always takes the likeliest token)"
+        raise InvalidRequestError(msg)
+    text = _prompt_text(" ".join(prompt) if prompt else None, raw=raw)
+    if text is None and as_json:
+        msg = '--json needs a prompt: kt run MODEL "the prompt" --json, or pipe it in'
+        raise InvalidRequestError(msg)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    where = {"format": weight_format, "device": device, "threads": threads}
+    if not verbose:
+        _silence_transformers()
+    with _load(context, model, where) as engine:
+        if text is None:
+            from kt_core.cli.chat import chat
+
+            chat(engine, system=system, raw=raw, options=options)
+        else:
+            messages = _with_system(text, system)
+            (answer_json if as_json else answer)(engine, messages, raw=raw, options=options)
+
+
+def _prompt_text(prompt: str | None, *, raw: bool) -> str | None:
+    """Return what was given or is piped in; None for a chat.
+
+    Raises:
+        InvalidRequestError: There is no text, or something else than text.
+    """
+    if prompt is None:
+        if sys.stdin is None:
+            msg = "stdin is closed, so there is no prompt: give one on the command line"
+            raise InvalidRequestError(msg)
+        if sys.stdin.isatty():
+            return None
+    try:
+        if prompt is None:
+            prompt = sys.stdin.buffer.read().decode().removesuffix("\n")
+        else:
+            prompt.encode()
+    except UnicodeError as error:
+        msg = f"the prompt is not UTF-8 text ({error}); convert it first, for instance with iconv"
+        raise InvalidRequestError(msg) from error
+    if not (prompt if raw else prompt.strip()):
+        msg = "the prompt is empty: write one, pipe one in, or leave both out on a terminal to chat"
+        raise InvalidRequestError(msg)
+    return prompt
+
+
+def _with_system(prompt: str, system: str | None) -> str | list[dict[str, str]]:
+    if not system:
+        return prompt
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def _silence_transformers() -> None:
+    """Leave the talking to us. Read once, when transformers is imported: so before that."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _load(context: typer.Context, model: str, where: dict[str, Any]) -> Engine:
+    with progress_bar("starting") as progress:
+        from kt_core.engine import load  # seconds: torch and transformers
+
+        return load(model, **where, registry=registry_of(context), progress=progress)

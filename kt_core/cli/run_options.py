@@ -1,0 +1,104 @@
+"""Arguments and options of ``kt run``, as types of its parameters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from kt_core.cli.completion import complete_device, complete_format, complete_model
+from kt_core.cli.output import JSON_HELP
+
+_EXPERTS, _ANSWER, _PROMPT, _OUTPUT = "Experts", "Answer", "Prompt", "Output"
+# More are a slip of the finger, and every thread costs memory.
+_MAX_THREADS = 1024
+
+
+def _option(name: str, value: str, panel: str, help: str, **settings: Any) -> Any:
+    return typer.Option(name, metavar=value, rich_help_panel=panel, help=help, **settings)
+
+
+Model: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model directory, `demo`, or a hub id such as Qwen/Qwen3-30B-A3B.",
+        autocompletion=complete_model,
+    ),
+]
+Prompt: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="Answer this and exit. Without it: answer what is piped in, or chat.",
+    ),
+]
+Format: TypeAlias = Annotated[
+    str,
+    _option(
+        "--format",
+        "NAME",
+        _EXPERTS,
+        "bf16, int8, int4, int4-g32 ...; auto: the first of bf16, int8, int4 that fits.",
+        autocompletion=complete_format,
+    ),
+]
+Device: TypeAlias = Annotated[
+    str,
+    _option(
+        "--device",
+        "NAME",
+        _EXPERTS,
+        "Where experts are computed: see `kt backends`.",
+        autocompletion=complete_device,
+    ),
+]
+Threads: TypeAlias = Annotated[
+    int | None,
+    _option(
+        "--threads",
+        "N",
+        _EXPERTS,
+        "CPU threads; by default one per physical core.",
+        min=1,
+        max=_MAX_THREADS,
+    ),
+]
+MaxNewTokens: TypeAlias = Annotated[
+    int, _option("--max-new-tokens", "N", _ANSWER, "End after N tokens.", min=1)
+]
+Temperature: TypeAlias = Annotated[
+    float, _option("--temperature", "T", _ANSWER, "0 always takes the likeliest token.", min=0)
+]
+TopP: TypeAlias = Annotated[
+    float,
+    _option(
+        "--top-p",
+        "P",
+        _ANSWER,
+        "Choose among the likeliest tokens that add up to P; 1: among all.",
+        min=0,
+        max=1,
+    ),
+]
+TopK: TypeAlias = Annotated[
+    int, _option("--top-k", "K", _ANSWER, "Choose among the K likeliest tokens; 0: all.", min=0)
+]
+Seed: TypeAlias = Annotated[
+    int | None,
+    _option("--seed", "N", _ANSWER, "Same seed, same answer.", min=0, max=2**32 - 1),
+]
+Stop: TypeAlias = Annotated[
+    list[str] | None,
+    _option("--stop", "TEXT", _ANSWER, "End before this text; may be given several times."),
+]
+System: TypeAlias = Annotated[
+    str | None, _option("--system", "TEXT", _PROMPT, "System message: how to answer.")
+]
+Raw: TypeAlias = Annotated[
+    bool, _option("--raw", "", _PROMPT, "Continue the text as it is, without chat template.")
+]
+AsJson: TypeAlias = Annotated[bool, _option("--json", "", _OUTPUT, JSON_HELP)]
+Verbose: TypeAlias = Annotated[
+    bool, _option("--verbose", "", _OUTPUT, "Show what transformers says while it loads.")
+]

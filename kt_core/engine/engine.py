@@ -1,0 +1,294 @@
+"""``kt_core.load`` and what it returns."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kt_core import hardware, plugins
+from kt_core.checkpoint import open_checkpoint
+from kt_core.engine.chat import load_tokenizer, prompt_tokens
+from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
+from kt_core.engine.loading import ExpertLoader, load_model
+from kt_core.engine.model_files import adapters_for, model_config, read_config, resolve_model
+from kt_core.engine.prefix_cache import PrefixCache
+from kt_core.engine.stats import EngineStats
+from kt_core.engine.text_stream import Decoder, TextStream
+from kt_core.errors import InvalidRequestError, TokenizerError
+from kt_core.interfaces import ExpertDevice, Progress, no_progress
+from kt_core.plugins import Registry
+from kt_core.types import ActivationPrecision
+
+_log = logging.getLogger(__name__)
+
+Message: TypeAlias = Mapping[str, str]
+Prompt: TypeAlias = str | Sequence[Message]
+
+
+def load(
+    model: str | Path,
+    *,
+    format: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    dtype: torch.dtype | str = "auto",
+    precision: ActivationPrecision | str = ActivationPrecision.AUTO,
+    registry: Registry | None = None,
+    progress: Progress = no_progress,
+) -> Engine:
+    """Load a Mixture-of-Experts model.
+
+    Args:
+        model: A model directory, a registered name such as ``demo``, or a hub id.
+        format: Weight format of the routed experts; ``auto`` takes the first of bf16, int8 and
+            int4 that fits into memory.
+        device: Where experts are computed; ``auto`` takes the best there is.
+        threads: Host threads for the experts and for torch; None for one per physical core.
+        dtype: Type of the dense part; ``auto`` follows the checkpoint.
+        precision: What hidden states become before they meet packed weights.
+        registry: The plug-ins; None loads the installed ones.
+        progress: Told how far loading has come.
+
+    Raises:
+        kt_core.errors.KtError: Anything that is the user's to fix; nothing is left behind.
+    """
+    start = time.perf_counter()
+    registry = registry or plugins.load()
+    chosen_precision = _precision(precision)
+    _check_threads(threads)
+    if format != "auto":
+        registry.formats.get(format)  # an unknown name fails before anything is fetched
+    backend, device_info = registry.find_device(device)
+    directory = resolve_model(model, registry, progress)
+    config_dict = read_config(directory)
+    config = model_config(directory, config_dict, registry)
+    checkpoint = open_checkpoint(directory)
+    tokenizer = load_tokenizer(directory, config)
+    opened = backend.open(device_info.name, threads=threads)
+    try:
+        loader = ExpertLoader(
+            checkpoint=checkpoint,
+            adapters=adapters_for(config_dict["model_type"], registry),
+            device=opened,
+            registry=registry,
+            format_name=format,
+            precision=chosen_precision,
+            progress=progress,
+        )
+        loaded = load_model(directory, config, loader, dtype)
+    except BaseException:
+        opened.close()
+        raise
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Engine(
+        loaded,
+        tokenizer,
+        directory=directory,
+        loader=loader,
+        device=opened,
+        load_s=time.perf_counter() - start,
+    )
+
+
+def _precision(precision: ActivationPrecision | str) -> ActivationPrecision:
+    try:
+        return ActivationPrecision(precision)
+    except ValueError as error:
+        known = ", ".join(known.value for known in ActivationPrecision)
+        msg = f"precision {precision!r} is unknown; there are: {known}"
+        raise InvalidRequestError(msg) from error
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        msg = f"threads must be >= 1, got {threads}"
+        raise InvalidRequestError(msg)
+    cores = len(hardware.detect().cpu.physical_cores)
+    if threads > cores:
+        _log.warning(
+            "%d threads were asked for, %d physical cores are usable: more threads than cores "
+            "make decoding slower",
+            threads,
+            cores,
+        )
+
+
+class Engine:
+    """A loaded model. Use it as a context manager, or call ``close``.
+
+    Attributes:
+        tokenizer: The model's tokenizer; None where the directory has none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        directory: Path,
+        loader: ExpertLoader,
+        device: ExpertDevice,
+        load_s: float,
+    ) -> None:
+        """Made by ``load``."""
+        self._model: PreTrainedModel | None = model
+        self.tokenizer = tokenizer
+        self._directory = directory
+        self._loader = loader
+        self._device = device
+        self._load_s = load_s
+        self._prefixes = PrefixCache()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model; ``engine.model(input_ids=...).logits`` works.
+
+        Raises:
+            InvalidRequestError: The engine is closed.
+        """
+        if self._model is None:
+            msg = "the engine is closed; load the model again"
+            raise InvalidRequestError(msg)
+        return self._model
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Return the tokens of a prompt.
+
+        Args:
+            prompt: A text, or messages with ``role`` and ``content``.
+            raw: Take a text as it is; otherwise it becomes a user's message in the chat template.
+
+        Raises:
+            TokenizerError: There is no tokenizer, or no chat template for messages.
+        """
+        return prompt_tokens(self._require_tokenizer(), prompt, raw=raw)
+
+    def stream(
+        self, prompt: Prompt | Sequence[int], *, raw: bool = False, **options: Any
+    ) -> Iterator[TokenEvent]:
+        """Answer a prompt, token by token.
+
+        Args:
+            prompt: A text, messages, or token ids.
+            raw: As in ``encode``.
+            options: Fields of ``GenerationOptions``.
+
+        Yields:
+            One event per token, then a last one with ``finish_reason`` and ``timing``.
+
+        Raises:
+            ContextLengthError: The prompt is longer than the model's context.
+            InvalidRequestError: An option is out of range.
+            TokenizerError: As for ``encode``.
+        """
+        chosen = _options(options)
+        tokenizer = self._require_tokenizer()
+        is_tokens = not isinstance(prompt, str) and all(isinstance(p, int) for p in prompt)
+        tokens = list(prompt) if is_tokens else self.encode(prompt, raw=raw)  # type: ignore[arg-type]
+        stream = TokenStream(self.model, tokens, chosen, self._prefixes)  # type: ignore[arg-type]
+        return _events(stream, TextStream(cast("Decoder", tokenizer), chosen.stop))
+
+    def generate(
+        self, prompt: Prompt | Sequence[int], *, raw: bool = False, **options: Any
+    ) -> Completion:
+        """Answer a prompt and return the whole answer; arguments and errors as for ``stream``."""
+        tokens: list[int] = []
+        text = ""
+        for event in self.stream(prompt, raw=raw, **options):
+            text += event.text
+            if event.token is not None:
+                tokens.append(event.token)
+        assert event.finish_reason is not None
+        assert event.timing is not None
+        return Completion(
+            text=text,
+            token_ids=tuple(tokens),
+            finish_reason=event.finish_reason,
+            timing=event.timing,
+        )
+
+    def stats(self) -> EngineStats:
+        """Return how the model was loaded."""
+        loader = self._loader
+        assert loader.weight_format is not None
+        device = loader.device
+        sites = [loaded.site for loaded in loader.sites]
+        kernels = [loaded.kernel for loaded in loader.sites]
+        return EngineStats(
+            model=str(self._directory),
+            model_type=self.model.config.model_type,
+            format=loader.weight_format.descriptor.name,
+            device=device.info.name,
+            isa=device.capabilities.instruction_set,
+            threads=device.threads,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            placement={device.info.name: sum(site.spec.num_experts for site in sites)},
+            expert_layers=len(sites),
+            expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
+            dense_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            load_s=self._load_s,
+            peak_memory_bytes=hardware.process_memory().peak_rss_bytes,
+        )
+
+    def close(self) -> None:
+        """Let the model go, and stop the threads. Closing twice does nothing.
+
+        Whoever still holds ``engine.model`` holds its experts and their threads, too.
+        """
+        self._prefixes = PrefixCache()
+        self._model = None
+        self._loader.sites.clear()
+        self._device.close()
+
+    def __enter__(self) -> Self:
+        """Return self; leaving the block closes the engine."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the engine."""
+        self.close()
+
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            msg = (
+                f"{self._directory} has no tokenizer (tokenizer.json or tokenizer.model): copy it "
+                "from the original model. engine.model runs without, on token ids."
+            )
+            raise TokenizerError(msg)
+        return self.tokenizer
+
+
+def _options(options: Mapping[str, Any]) -> GenerationOptions:
+    try:
+        chosen = GenerationOptions(**options)
+    except TypeError as error:
+        known = ", ".join(GenerationOptions.__dataclass_fields__)
+        msg = f"unknown option among {sorted(options)}; there are: {known}"
+        raise InvalidRequestError(msg) from error
+    return chosen
+
+
+def _events(tokens: TokenStream, text: TextStream) -> Iterator[TokenEvent]:
+    for token in tokens:
+        yield TokenEvent(token=token, text=text.push(token))
+        if text.is_stopped:
+            tokens.finish_reason = "stop"
+            break
+    rest = text.finish()
+    reason = "stop" if text.is_stopped else tokens.finish_reason
+    yield TokenEvent(token=None, text=rest, finish_reason=reason, timing=tokens.timing)

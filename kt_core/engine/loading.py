@@ -1,0 +1,340 @@
+"""Load a model: the dense part by transformers, the experts into packed buffers.
+
+The order matters. Everything that can be known from config and headers is checked before a weight
+is read or memory is taken: experts found, shapes right, format possible, room enough.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kt_core import hardware
+from kt_core.checkpoint import Checkpoint
+from kt_core.engine import transformers_hook as hook
+from kt_core.engine.model_files import model_class
+from kt_core.errors import (
+    CheckpointError,
+    KtError,
+    NotEnoughMemoryError,
+    UnsupportedFormatError,
+    UnsupportedModelError,
+)
+from kt_core.interfaces import (
+    ExpertDevice,
+    ExpertKernel,
+    ExpertsSite,
+    ModelAdapter,
+    Progress,
+    WeightFormat,
+)
+from kt_core.moe.hybrid_experts import HybridExperts
+from kt_core.plugins import Registry
+from kt_core.types import ActivationPrecision
+
+_log = logging.getLogger(__name__)
+
+# What loading needs besides the weights: scratch of the packing threads, tokenizer, Python.
+_RESERVE_BYTES = 300_000_000
+# `--format auto` takes the first of these that fits: least loss first.
+_AUTO_FORMATS = ("bf16", "int8", "int4")
+_FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
+
+
+@dataclass(slots=True)
+class LoadedSite:
+    """One experts module and where its weights come from."""
+
+    site: ExpertsSite
+    tensors: dict[str, hook.ExpertTensors]
+    kernel: ExpertKernel
+
+
+@dataclass(slots=True)
+class ExpertLoader:
+    """Replaces the experts modules of one model and fills them.
+
+    Attributes:
+        checkpoint: Where the weights are.
+        adapters: Who to ask where the experts are.
+        device: Who computes them.
+        registry: For the formats.
+        format_name: What the user asked for, ``auto`` included.
+        precision: What becomes of the hidden states.
+        progress: Told how far it has come.
+    """
+
+    checkpoint: Checkpoint
+    adapters: Sequence[ModelAdapter]
+    device: ExpertDevice
+    registry: Registry
+    format_name: str
+    precision: ActivationPrecision
+    progress: Progress
+    weight_format: WeightFormat | None = None
+    sites: list[LoadedSite] = field(default_factory=list)
+    dense_shapes: dict[str, torch.Size] = field(default_factory=dict)
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Find the experts, check that they can be loaded, put HybridExperts in their place.
+
+        Called by transformers with the model on the meta device.
+        """
+        sites: list[ExpertsSite] = []
+        for adapter in self.adapters:  # the first that sees any
+            sites = sites or list(adapter.sites(model))
+        if not sites:
+            msg = (
+                f"{type(model).__name__} has no routed experts that kt can see: it is a dense "
+                "model, or an adapter is missing (docs/add-a-model.md). Dense models run in plain "
+                "transformers, vLLM or llama.cpp."
+            )
+            raise UnsupportedModelError(msg)
+        own, tied = _split_tied(model, sites)
+        wanted = {
+            f"{site.parameter_prefix}.{name}": _rows(model, site, name)
+            for site in own
+            for name in site.parameters
+        }
+        tensors = hook.index_experts(self.checkpoint, model, wanted)
+        _check_tensors(self.checkpoint, model, own, tensors)
+        self.weight_format = self._choose_format(model, own)
+        self._replace(model, own, tied, tensors)
+        self.dense_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def fill(self) -> None:
+        """Read and pack every expert, in parallel.
+
+        Raises:
+            CheckpointError: A tensor cannot be read, or holds a NaN or an infinity.
+        """
+        tasks = [
+            (loaded, expert)
+            for loaded in self.sites
+            for expert in range(loaded.site.spec.num_experts)
+        ]
+        with ThreadPoolExecutor(self.device.threads, thread_name_prefix="kt-pack") as pool:
+            pending = {pool.submit(_load_expert, loaded, expert) for loaded, expert in tasks}
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    self.progress("experts", 1 - len(pending) / len(tasks))
+            except BaseException:  # Ctrl-C too: start no more, then let it through
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _choose_format(self, model: PreTrainedModel, sites: list[ExpertsSite]) -> WeightFormat:
+        """Return the format asked for, or for ``auto`` the best that fits.
+
+        Raises:
+            UnsupportedFormatError: The device cannot compute it.
+            NotEnoughMemoryError: It does not fit.
+        """
+        names = _AUTO_FORMATS if self.format_name == "auto" else (self.format_name,)
+        capabilities = self.device.capabilities
+        formats = [self.registry.formats.get(name) for name in names]
+        possible = [f for f in formats if capabilities.computes(f.descriptor)]
+        if not possible:
+            descriptors = [f.descriptor for f in self.registry.formats]
+            others = [d.name for d in descriptors if capabilities.computes(d)]
+            msg = (
+                f"device {self.device.info.name!r} computes no experts of format "
+                f"{self.format_name!r}; it computes: {', '.join(sorted(others))}"
+            )
+            raise UnsupportedFormatError(msg)
+        dense_bytes = _dense_bytes(model, sites)
+        available = hardware.available_memory_bytes()
+        needed: dict[str, int] = {}
+        for weight_format in possible:
+            descriptor = weight_format.descriptor
+            packed = sum(
+                site.spec.num_experts * self.device.expert_bytes(site.spec, descriptor)
+                for site in sites
+            )
+            needed[descriptor.name] = packed + dense_bytes + _RESERVE_BYTES
+            if needed[descriptor.name] <= available:
+                return weight_format
+        sizes = ", ".join(f"{size / 1e9:.2f} GB as {name}" for name, size in needed.items())
+        msg = (
+            f"not enough memory: the model needs {sizes} ({dense_bytes / 1e9:.2f} GB of it for the "
+            f"dense part), {available / 1e9:.2f} GB are available. "
+            "Close other programs, or choose a smaller format (--format int4)."
+        )
+        raise NotEnoughMemoryError(msg)
+
+    def _replace(
+        self,
+        model: PreTrainedModel,
+        own: list[ExpertsSite],
+        tied: list[tuple[str, ExpertsSite]],
+        tensors: dict[str, hook.ExpertTensors],
+    ) -> None:
+        assert self.weight_format is not None
+        kernels: dict[str, ExpertKernel] = {}
+        for site in own:
+            kernel = self.device.expert_kernel(
+                site.spec, self.weight_format.descriptor, precision=self.precision
+            )
+            kernels[site.parameter_prefix] = kernel
+            parts = {name: tensors[f"{site.parameter_prefix}.{name}"] for name in site.parameters}
+            self.sites.append(LoadedSite(site, parts, kernel))
+        for site in own:
+            _swap(model, site, kernels[site.parameter_prefix])
+        for owner, site in tied:
+            _swap(model, site, kernels[owner])
+        everything = (*own, *(site for _, site in tied))
+        hook.forget_experts(
+            model,
+            modules=[site.module_name for site in everything],
+            prefixes=[site.parameter_prefix for site in everything],
+        )
+
+
+def load_model(
+    directory: Path, config: PreTrainedConfig, loader: ExpertLoader, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    """Load the whole model; afterwards it runs like any transformers model.
+
+    Raises:
+        CheckpointError: Weights are missing or do not fit the config.
+    """
+    loader.progress("dense weights", None)
+    cls = model_class(config)
+    try:
+        model, info = cls.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            quantization_config=hook.KtLoadingConfig(loader.prepare),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_loaded names them
+        )
+    except KtError:
+        raise
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        msg = f"transformers could not load the dense part of {directory}: {reason}"
+        raise CheckpointError(msg) from error
+    _check_loaded(directory, model, info, loader.dense_shapes)
+    loader.fill()
+    loader.checkpoint.close()
+    model.requires_grad_(False)
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+def _check_loaded(
+    directory: Path,
+    model: PreTrainedModel,
+    info: dict[str, Any],
+    shapes: Mapping[str, torch.Size],
+) -> None:
+    misshapen = {name for name, *_ in info["mismatched_keys"]}
+    # Before 5.23 transformers takes any shape where there is a quantizer.
+    misshapen |= {n for n, tensor in model.state_dict().items() if tensor.shape != shapes.get(n)}
+    problems = {
+        "missing from the files": info["missing_keys"],
+        "of another shape than config.json says": misshapen,
+    }
+    for what, keys in problems.items():
+        if keys:
+            names = ", ".join(str(key) for key in sorted(keys, key=str)[:5])
+            msg = (
+                f"{len(keys)} weights of {directory} are {what}, such as {names}. A shard may be "
+                "missing from the index, or config.json belongs to another checkpoint."
+            )
+            raise CheckpointError(msg)
+
+
+def _load_expert(loaded: LoadedSite, expert: int) -> None:
+    rows = {name: tensors.read(expert) for name, tensors in loaded.tensors.items()}
+    try:
+        loaded.kernel.load(expert, loaded.site.expert_weights(rows))
+    except ValueError as error:
+        names = [name for tensors in loaded.tensors.values() for name in tensors.names(expert)]
+        msg = f"expert {expert} of {loaded.site.module_name}: {error} (from {', '.join(names)})"
+        raise CheckpointError(msg) from error
+
+
+def _split_tied(
+    model: PreTrainedModel, sites: Iterable[ExpertsSite]
+) -> tuple[list[ExpertsSite], list[tuple[str, ExpertsSite]]]:
+    """Sites with weights of their own, and those that share another's, with its prefix."""
+    own: list[ExpertsSite] = []
+    tied: list[tuple[str, ExpertsSite]] = []
+    for site in sites:
+        first = site.parameters[0]
+        source = hook.tied_source(model, f"{site.parameter_prefix}.{first}")
+        owner = source.removesuffix(f".{first}")
+        if owner == site.parameter_prefix:
+            own.append(site)
+        else:
+            tied.append((owner, site))
+    return own, tied
+
+
+def _rows(model: PreTrainedModel, site: ExpertsSite, name: str) -> int:
+    """How many experts the parameter holds: more than compute, in models with identity experts."""
+    parameter = model.get_parameter(f"{site.parameter_prefix}.{name}")
+    return int(parameter.shape[0])
+
+
+def _check_tensors(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    sites: list[ExpertsSite],
+    tensors: dict[str, hook.ExpertTensors],
+) -> None:
+    """Check types and shapes of every expert from the headers, before anything is read."""
+    for site in sites:
+        for name in site.parameters:
+            parameter = f"{site.parameter_prefix}.{name}"
+            wanted = tuple(model.get_parameter(parameter).shape[1:])
+            seen: set[tuple[tuple[int, ...], ...]] = set()
+            for expert in range(site.spec.num_experts):
+                infos = {n: checkpoint.tensors[n] for n in tensors[parameter].names(expert)}
+                shapes = tuple(info.shape for info in infos.values())
+                for stored_name, info in infos.items():
+                    if info.dtype not in _FLOAT_DTYPES:
+                        msg = (
+                            f"{stored_name} is stored as {info.dtype}; this version reads BF16, "
+                            "F16 and F32 experts"
+                        )
+                        raise UnsupportedFormatError(msg)
+                if shapes in seen:
+                    continue
+                seen.add(shapes)
+                found = tensors[parameter].shape(expert)
+                if found != wanted:
+                    names = ", ".join(tensors[parameter].names(expert))
+                    msg = (
+                        f"expert {expert} of {site.module_name} is {list(found)} on disk ({names}),"
+                        f" config.json asks for {list(wanted)}. They belong to different models."
+                    )
+                    raise CheckpointError(msg)
+
+
+def _dense_bytes(model: PreTrainedModel, sites: list[ExpertsSite]) -> int:
+    """Bytes of everything but the experts, in the type it is loaded as."""
+    prefixes = tuple(f"{site.parameter_prefix}." for site in sites)
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(prefixes)
+    )
+
+
+def _swap(model: PreTrainedModel, site: ExpertsSite, kernel: ExpertKernel) -> None:
+    replaced = model.get_submodule(site.module_name)
+    replacement = site.build(replaced, HybridExperts(site.spec, [kernel]))
+    parent, _, leaf = site.module_name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, replacement)

@@ -1,0 +1,163 @@
+"""From the word a user typed to a model directory, its config and its adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from kt_core.errors import (
+    CheckpointError,
+    ModelSourceError,
+    UnsupportedFormatError,
+    UnsupportedModelError,
+)
+from kt_core.interfaces import ModelAdapter, Progress, no_progress
+from kt_core.paths import cache_dir
+from kt_core.plugins import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_model(model: str | Path, registry: Registry, progress: Progress = no_progress) -> Path:
+    """Return the directory of a model: a path, a registered name, or a hub id.
+
+    Raises:
+        ModelSourceError: Nothing of that name can be had; the message says what was tried.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        msg = f"{path} is a file; give the directory that holds config.json and the weights"
+        raise ModelSourceError(msg)
+    name = str(model)
+    if name in registry.sources:
+        return registry.sources.get(name).resolve(cache_dir(), progress)
+    if _HUB_ID.fullmatch(name):
+        return _download(name, progress)
+    known = ", ".join(registry.sources.names()) or "none"
+    msg = (
+        f"model {name!r} is neither a directory nor a known name (known: {known}) nor a hub id "
+        "of the form owner/name"
+    )
+    raise ModelSourceError(msg)
+
+
+def _download(hub_id: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    progress(f"download {hub_id}", None)
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            )
+        )
+    except Exception as error:  # huggingface_hub's, httpx's, the file system's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        msg = (
+            f"model {hub_id!r} is no directory here and could not be downloaded: {reason}. "
+            "Check the name and the network (HF_TOKEN for gated models), or give the path of a "
+            "directory you have downloaded."
+        )
+        raise ModelSourceError(msg) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json.
+
+    Raises:
+        CheckpointError: It is missing or not a JSON object with a ``model_type``.
+        UnsupportedFormatError: The weights are already quantised.
+    """
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        msg = f"{directory} has no config.json, so it is no model directory of transformers"
+        raise CheckpointError(msg) from error
+    except (OSError, ValueError) as error:
+        msg = f"{file} cannot be read as a transformers config: {type(error).__name__} {error}"
+        raise CheckpointError(msg) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        msg = f"{file} is no transformers config: it names no model_type"
+        raise CheckpointError(msg)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    if stored := next(filter(None, (part.get("quantization_config") for part in parts)), None):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        msg = (
+            f"the {config['model_type']!r} checkpoint in {directory} is quantised already "
+            f"(quant_method {method!r}). This version reads bf16, float16 and float32 weights: "
+            "use the unquantised checkpoint, kt quantises while it loads."
+        )
+        raise UnsupportedFormatError(msg)
+    return config
+
+
+def model_config(
+    directory: Path, config_dict: dict[str, Any], registry: Registry
+) -> PreTrainedConfig:
+    """Return the transformers config, through an adapter where transformers lacks the type.
+
+    Raises:
+        CheckpointError: transformers refuses a value in it.
+        UnsupportedModelError: Nobody knows the ``model_type``.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model_type = config_dict["model_type"]
+    adapter = registry.adapters.get(model_type) if model_type in registry.adapters else None
+    try:
+        config = adapter.config(config_dict) if adapter else None
+        if config is None and model_type in CONFIG_MAPPING:
+            return cast("PreTrainedConfig", AutoConfig.from_pretrained(directory))
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        msg = f"{directory / 'config.json'} holds a value that transformers refuses: {reason}"
+        raise CheckpointError(msg) from error
+    if config is None:
+        import transformers
+
+        msg = (
+            f"model_type {model_type!r} is known neither to transformers "
+            f"{transformers.__version__} nor to a plug-in. Update transformers, install a plug-in "
+            "that has an adapter for it, or write one: docs/add-a-model.md."
+        )
+        raise UnsupportedModelError(msg)
+    config.name_or_path = str(directory)
+    return config
+
+
+def adapters_for(model_type: str, registry: Registry) -> list[ModelAdapter]:
+    """Return who to ask for the experts: the family's own adapter first, then the generic ones."""
+    own = [registry.adapters.get(model_type)] if model_type in registry.adapters else []
+    return own + registry.generic_adapters
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return the transformers class with a head that loads this config.
+
+    Raises:
+        UnsupportedModelError: transformers has none.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for name in config.architectures or ():
+        if (cls := getattr(transformers, name, None)) is not None:
+            return cls
+    for kind in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM"):
+        mapping = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING")
+        if type(config) in mapping:
+            return mapping[type(config)]
+    msg = (
+        f"transformers has no language model class for model_type {config.model_type!r} "
+        f"(architectures: {config.architectures})"
+    )
+    raise UnsupportedModelError(msg)

@@ -1,0 +1,51 @@
+"""Errors a user can meet. Each message says what failed, why, and what to do."""
+
+from __future__ import annotations
+
+
+class KtError(Exception):
+    """Base of every error that is the user's to fix; the CLI prints it without a traceback."""
+
+
+class PluginError(KtError):
+    """A plug-in failed to import, misspelt a hook, or took a name that was already taken."""
+
+
+class UnknownNameError(KtError):
+    """A backend, format, device or model source of that name is not registered."""
+
+
+class BackendUnavailableError(KtError):
+    """The backend exists, but this machine cannot run it."""
+
+
+class UnsupportedModelError(KtError):
+    """The model cannot be run: not a Mixture of Experts, or no adapter understands it."""
+
+
+class UnsupportedFormatError(KtError):
+    """The format is unknown, or the checkpoint or the backend cannot give it."""
+
+
+class CheckpointError(KtError):
+    """The checkpoint is missing, incomplete, damaged or inconsistent with its config."""
+
+
+class NotEnoughMemoryError(KtError):
+    """The model does not fit; raised before anything large is allocated."""
+
+
+class ModelSourceError(KtError):
+    """A named or remote model could not be brought onto this machine."""
+
+
+class TokenizerError(KtError):
+    """Text was asked for, but the model directory has no usable tokenizer or chat template."""
+
+
+class ContextLengthError(KtError):
+    """The prompt, or the prompt with the tokens asked for, exceeds the model's context."""
+
+
+class InvalidRequestError(KtError):
+    """An argument is out of its range."""

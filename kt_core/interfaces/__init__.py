@@ -1,0 +1,24 @@
+"""What a plug-in writes: one abstract class per kind of plug-in, and the values they exchange."""
+
+from __future__ import annotations
+
+from kt_core.interfaces.backend import Backend, ExpertDevice
+from kt_core.interfaces.expert_kernel import ExpertKernel, ExpertWeights, Ticket
+from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
+from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
+from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat
+
+__all__ = [
+    "Backend",
+    "ExpertDevice",
+    "ExpertKernel",
+    "ExpertWeights",
+    "ExpertsSite",
+    "ModelAdapter",
+    "ModelSource",
+    "Progress",
+    "QuantizedTensor",
+    "Ticket",
+    "WeightFormat",
+    "no_progress",
+]

@@ -1,0 +1,147 @@
+"""What every kernel checks before it computes, said once, so that all refuse in the same words.
+
+For backends written in Python, and for the Python side of others. Each function raises
+``ValueError``, as ``ExpertKernel`` promises, and returns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from kt_core.interfaces.expert_kernel import ExpertWeights
+from kt_core.interfaces.weight_format import QuantizedTensor
+from kt_core.types import Element, Format, MoeSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_expert(spec: MoeSpec, expert: int) -> None:
+    """Refuse an expert the layer does not have."""
+    if not 0 <= expert < spec.num_experts:
+        msg = f"expert must be in 0..{spec.num_experts - 1}, got {expert}"
+        raise ValueError(msg)
+
+
+def check_weights(spec: MoeSpec, weight_format: Format, weights: ExpertWeights) -> None:
+    """Refuse parts that are missing, not asked for, or of a wrong shape, type or format.
+
+    Does not look at the numbers: see ``check_finite``.
+    """
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    gated, has_bias = spec.activation.is_gated, spec.has_bias
+    matrices = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    biases = {"gate_bias": inner, "up_bias": inner, "down_bias": hidden}
+    for name, shape in matrices.items():
+        value = getattr(weights, name)
+        _check_presence(name, value, is_wanted=gated or name != "gate")
+        if isinstance(value, QuantizedTensor):
+            _check_quantized(name, value, weight_format, shape)
+        elif value is not None:
+            _check_tensor(name, value, shape)
+    for name, size in biases.items():
+        value = getattr(weights, name)
+        _check_presence(name, value, is_wanted=has_bias and (gated or name != "gate_bias"))
+        if value is not None:
+            _check_tensor(name, value, (size,))
+
+
+def check_finite(weights: ExpertWeights) -> None:
+    """Refuse a NaN or an infinity among the weights, scales and biases."""
+    import torch
+
+    for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
+        value = getattr(weights, name)
+        numbers = value
+        if isinstance(value, QuantizedTensor):
+            numbers = value.codes if value.scales is None else value.scales
+        if numbers is not None and not torch.isfinite(numbers).all():
+            msg = f"{name} holds a NaN or an infinity"
+            raise ValueError(msg)
+
+
+def check_pairs(
+    spec: MoeSpec, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Refuse arguments of ``submit`` whose shapes or types do not fit. Reads no tensor."""
+    import torch
+
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if hidden.dim() != 2 or hidden.shape[1] != spec.hidden_size:
+        msg = f"hidden must be [tokens, {spec.hidden_size}], got {list(hidden.shape)}"
+        raise ValueError(msg)
+    if hidden.dtype not in floats:
+        msg = f"hidden must be float32, bfloat16 or float16, got {hidden.dtype}"
+        raise ValueError(msg)
+    tokens = hidden.shape[0]
+    if expert_ids.dim() != 2 or expert_ids.shape[0] != tokens or expert_ids.shape[1] < 1:
+        msg = f"expert_ids must be [{tokens}, k >= 1], got {list(expert_ids.shape)}"
+        raise ValueError(msg)
+    if expert_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        msg = f"expert_ids must be integers, got {expert_ids.dtype}"
+        raise ValueError(msg)
+    if weights.shape != expert_ids.shape or not weights.is_floating_point():
+        msg = (
+            f"weights must be floating point {list(expert_ids.shape)}, "
+            f"got {weights.dtype} {list(weights.shape)}"
+        )
+        raise ValueError(msg)
+
+
+def check_resident(spec: MoeSpec, resident: Collection[int], expert_ids: torch.Tensor) -> None:
+    """Refuse ids outside ``-1..num_experts-1``, and experts that are not loaded.
+
+    Reads ``expert_ids``: on an accelerator that waits for the device.
+    """
+    for expert in set(expert_ids.flatten().tolist()):
+        if not -1 <= expert < spec.num_experts:
+            msg = f"expert id {expert} is outside -1..{spec.num_experts - 1}"
+            raise ValueError(msg)
+        if expert >= 0 and expert not in resident:
+            msg = f"expert {expert} is not resident"
+            raise ValueError(msg)
+
+
+def _check_presence(name: str, value: object, *, is_wanted: bool) -> None:
+    if (value is not None) != is_wanted:
+        msg = f"{name} is {'missing' if is_wanted else 'not part of this layer'}"
+        raise ValueError(msg)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    import torch
+
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if tuple(tensor.shape) != shape or tensor.dtype not in floats:
+        msg = (
+            f"{name} must be {list(shape)} of float32, bfloat16 or float16, "
+            f"got {list(tensor.shape)} of {tensor.dtype}"
+        )
+        raise ValueError(msg)
+
+
+def _check_quantized(
+    name: str, tensor: QuantizedTensor, weight_format: Format, shape: tuple[int, int]
+) -> None:
+    import torch
+
+    if tensor.weight_format != weight_format:
+        msg = f"{name} is {tensor.weight_format.name!r}, this layer {weight_format.name!r}"
+        raise ValueError(msg)
+    groups = (shape[0], weight_format.num_groups(shape[1]))
+    if weight_format.element is Element.BF16:
+        codes = torch.bfloat16
+    else:
+        codes = torch.uint8 if weight_format.has_zero_point else torch.int8
+    wanted: dict[str, tuple[tuple[int, int], torch.dtype] | None] = {
+        "codes": (shape, codes),
+        "scales": None if weight_format.scale is None else (groups, torch.float32),
+        "zero_points": (groups, torch.uint8) if weight_format.has_zero_point else None,
+    }
+    for part, want in wanted.items():
+        value = getattr(tensor, part)
+        got = None if value is None else (tuple(value.shape), value.dtype)
+        if got != want:
+            msg = f"{part} of {name} must be {want}, got {got}"
+            raise ValueError(msg)

@@ -1,0 +1,1 @@
+"""The routed experts of one layer, wherever each of them lives."""

@@ -1,0 +1,96 @@
+"""Routed experts of one layer, spread over devices: split the pairs, submit, join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from kt_core.interfaces import ExpertKernel
+from kt_core.types import MoeSpec
+
+
+class HybridExperts(nn.Module):
+    """Stands where a transformers experts module stood; holds no parameters.
+
+    Every expert lives on exactly one kernel. A call is split by residency: each kernel gets the
+    same tokens, with the pairs of the others' experts marked -1, and starts at once; the results
+    are added in the order of the kernels, so that the sum does not depend on who is first.
+
+    Attributes:
+        spec: Shape and activation of the experts.
+        kernels: Who computes them.
+        weight: Empty tensor that tells where the module lives; PEFT looks for it.
+    """
+
+    def __init__(self, spec: MoeSpec, kernels: Sequence[ExpertKernel]) -> None:
+        """Take the kernels; experts that none of them holds yet belong to the first."""
+        super().__init__()
+        if not kernels:
+            msg = "a layer needs at least one kernel"
+            raise ValueError(msg)
+        self.spec = spec
+        self.kernels = tuple(kernels)
+        self.weight = torch.empty(0, device="cpu")
+        self._home: torch.Tensor | None = None
+        self.refresh_placement()
+
+    def refresh_placement(self) -> None:
+        """Ask the kernels again which experts they hold; call it after experts moved."""
+        if len(self.kernels) == 1:
+            return
+        home = torch.zeros(self.spec.num_experts, dtype=torch.int64)
+        for index, kernel in enumerate(self.kernels):
+            home[sorted(kernel.resident())] = index
+        self._home = home
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return ``sum_k weights[t, k] * expert[index[t, k]](hidden[t])``.
+
+        Args:
+            hidden_states: ``[tokens, hidden]``.
+            top_k_index: ``[tokens, k]`` expert ids.
+            top_k_weights: ``[tokens, k]`` routing weights.
+        """
+        tickets = [
+            kernel.submit(hidden_states, self._ids_for(index, top_k_index), top_k_weights)
+            for index, kernel in enumerate(self.kernels)
+        ]
+        out = tickets[0].wait()
+        for ticket in tickets[1:]:
+            out = out + ticket.wait()
+        return out
+
+    def forward_pairs(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        """Return every expert's output by itself, ``[tokens, k, hidden]``, with weight 1.
+
+        For blocks that do something to an expert's output before the weighted sum.
+        """
+        tokens, k = top_k_index.shape
+        ones = torch.ones(tokens * k, 1, dtype=torch.float32, device=hidden_states.device)
+        pairs = hidden_states.repeat_interleave(k, dim=0)
+        out: torch.Tensor = self(pairs, top_k_index.reshape(-1, 1), ones)
+        return out.view(tokens, k, self.spec.hidden_size)
+
+    def _ids_for(self, index: int, expert_ids: torch.Tensor) -> torch.Tensor:
+        """The ids with those of other kernels' experts replaced by -1.
+
+        Ids that no layer has go to every kernel, which refuses them.
+        """
+        if self._home is None:
+            return expert_ids
+        ids = expert_ids.to(torch.int64)
+        known = ids.clamp(0, self.spec.num_experts - 1)
+        is_here = (self._home.to(ids.device)[known] == index) | (ids != known)
+        return torch.where(is_here, ids, -1)
+
+    def extra_repr(self) -> str:
+        """Describe the layer for ``print(model)``."""
+        homes = ", ".join(type(kernel).__name__ for kernel in self.kernels)
+        return f"{self.spec.num_experts} experts of {self.kernels[0].weight_format.name} on {homes}"

@@ -1,0 +1,106 @@
+"""Quantise and dequantise, slow and obvious: the definition of what the stored numbers mean.
+
+Backends must store the same codes and scales, bit for bit. Round-to-nearest, ties to even:
+
+* symmetric: ``scale = max|w| / 7`` (int4) or ``/ 127`` (int8), ``code = round(w / scale)``;
+* with zero point: ``scale = (max(w, 0) - min(w, 0)) / 15``, ``zero = round(-min(w, 0) / scale)``,
+  ``code = round(w / scale) + zero``.
+
+The scale is rounded to its stored type *before* the codes are made, so that they are the best
+codes for the scale that will be used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from kt_core.interfaces import QuantizedTensor
+from kt_core.types import Element, Format, ScaleType
+
+
+def quantize(weight: torch.Tensor, weight_format: Format) -> QuantizedTensor:
+    """Quantise ``[out, in]`` of any floating type.
+
+    Raises:
+        ValueError: The tensor is not a matrix, or holds a NaN, an infinity, or numbers so large
+            that what is to be stored is infinite.
+    """
+    if weight.dim() != 2:
+        msg = f"expected a matrix [out_features, in_features], got shape {tuple(weight.shape)}"
+        raise ValueError(msg)
+    values = weight.float()
+    _check_finite(values)
+    if weight_format.element is Element.BF16:
+        stored = values.bfloat16()
+        _check_finite(stored)
+        return QuantizedTensor(weight_format=weight_format, codes=stored)
+    groups = _grouped(values, weight_format)
+    if weight_format.has_zero_point:
+        codes, scales, zeros = _asymmetric(groups, weight_format)
+    else:
+        codes, scales = _symmetric(groups, weight_format)
+        zeros = None
+    _check_finite(scales)
+    return QuantizedTensor(
+        weight_format=weight_format,
+        codes=codes.flatten(1)[:, : weight.shape[1]].contiguous(),
+        scales=scales.squeeze(-1).contiguous(),
+        zero_points=zeros,
+    )
+
+
+def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
+    """Return the float32 weights ``[out, in]``."""
+    if quantized.scales is None:
+        return quantized.codes.float()
+    group_size = quantized.weight_format.group_size or quantized.codes.shape[1]
+    columns = quantized.codes.shape[1]
+
+    def spread(per_group: torch.Tensor) -> torch.Tensor:
+        return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
+
+    codes = quantized.codes.float()
+    if quantized.zero_points is not None:
+        codes = codes - spread(quantized.zero_points)
+    return codes * spread(quantized.scales)
+
+
+def _check_finite(values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
+        msg = "the weight holds a NaN or an infinity, or numbers too large for the format"
+        raise ValueError(msg)
+
+
+def _grouped(weight: torch.Tensor, weight_format: Format) -> torch.Tensor:
+    """``[out, groups, group_size]``; zeros fill the last group, they change no scale."""
+    size = weight_format.group_size or weight.shape[1]
+    padding = -weight.shape[1] % size
+    return functional.pad(weight, (0, padding)).reshape(weight.shape[0], -1, size)
+
+
+def _stored(scale: torch.Tensor, weight_format: Format) -> torch.Tensor:
+    return scale.bfloat16().float() if weight_format.scale is ScaleType.BF16 else scale
+
+
+def _divide(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``groups / scale``, and 0 where the scale is 0."""
+    return torch.where(scale > 0, groups / scale, torch.zeros_like(groups))
+
+
+def _symmetric(groups: torch.Tensor, weight_format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = (-127, 127) if weight_format.element is Element.INT8 else (-8, 7)
+    scale = _stored(groups.abs().amax(dim=-1, keepdim=True) / high, weight_format)
+    codes = _divide(groups, scale).clamp(low, high).round()
+    return codes.to(torch.int8), scale
+
+
+def _asymmetric(
+    groups: torch.Tensor, weight_format: Format
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
+    scale = _stored((high - low) / 15, weight_format)
+    zero = _divide(-low, scale).clamp(0, 15).round()
+    codes = (_divide(groups, scale).clamp(-15, 15).round() + zero).clamp(0, 15)
+    return codes.to(torch.uint8), scale, zero.squeeze(-1).to(torch.uint8).contiguous()

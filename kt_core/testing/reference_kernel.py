@@ -1,0 +1,232 @@
+"""A backend that is right and slow: the float64 reference behind the interfaces, in plain torch.
+
+To check other things with: that a contract suite passes what is right and catches what is broken on
+purpose, that a model adapter finds the right weights, that a layer split over two devices adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+import torch
+
+from kt_core import hardware
+from kt_core.errors import UnsupportedFormatError
+from kt_core.interfaces import (
+    Backend,
+    ExpertDevice,
+    ExpertKernel,
+    ExpertWeights,
+    Ticket,
+    WeightFormat,
+)
+from kt_core.interfaces.checks import (
+    check_expert,
+    check_finite,
+    check_pairs,
+    check_resident,
+    check_weights,
+)
+from kt_core.quant import BUILT_IN_FORMATS
+from kt_core.testing import reference
+from kt_core.types import (
+    ActivationPrecision,
+    Capabilities,
+    DeviceInfo,
+    Element,
+    Format,
+    MoeSpec,
+)
+
+
+class FinishedTicket(Ticket):
+    """For kernels that compute when they are asked to: the result is already there."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        """Take the result."""
+        self._result = result
+
+    def wait(self) -> torch.Tensor:
+        """Return the result."""
+        return self._result
+
+
+class ReferenceKernel(ExpertKernel):
+    """Keeps the dequantised weights; computes ``reference.forward``."""
+
+    def __init__(
+        self,
+        spec: MoeSpec,
+        weight_format: WeightFormat,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> None:
+        """Take the layer's shape, the format, and what becomes of the hidden states."""
+        self.spec = spec
+        self.weight_format = weight_format.descriptor
+        self._format = weight_format
+        self._precision = precision
+        self._experts: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """See ``ExpertKernel.bytes_per_expert``."""
+        return expert_bytes(self.spec)
+
+    def load(self, expert: int, weights: ExpertWeights) -> None:
+        """See ``ExpertKernel.load``."""
+        check_expert(self.spec, expert)
+        check_weights(self.spec, self.weight_format, weights)
+        check_finite(weights)
+        loaded = reference.layer(self.spec, self._format, {expert: weights})
+        self._experts[expert] = loaded.experts[expert]  # one step: other threads load others
+
+    def unload(self, expert: int) -> None:
+        """See ``ExpertKernel.unload``."""
+        self._experts.pop(expert, None)
+
+    def resident(self) -> frozenset[int]:
+        """See ``ExpertKernel.resident``."""
+        return frozenset(self._experts)
+
+    def submit(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> Ticket:
+        """See ``ExpertKernel.submit``."""
+        check_pairs(self.spec, hidden, expert_ids, weights)
+        check_resident(self.spec, self._experts, expert_ids)
+        precision = named_precision(self._precision, self.weight_format, hidden.dtype)
+        out, _ = reference.forward(self._layer(), hidden, expert_ids, weights, precision)
+        return FinishedTicket(out.to(hidden.dtype))
+
+    def _layer(self) -> reference.Layer:
+        group_size = self.weight_format.group_size or reference.ACTIVATION_GROUP
+        return reference.Layer(self.spec, group_size, self._experts)
+
+
+class ExactKernel(ReferenceKernel):
+    """Rounds nothing: float64 weights as they come, float64 hidden states, float64 results.
+
+    Narrower than the interface (float64 alone), for comparing modules in float64.
+    """
+
+    def __init__(self, spec: MoeSpec) -> None:
+        """Take the layer's shape."""
+        super().__init__(spec, BUILT_IN_FORMATS[0])
+
+    def load(self, expert: int, weights: ExpertWeights) -> None:
+        """Keep a copy of the weights."""
+        check_expert(self.spec, expert)
+        parts = {field.name: getattr(weights, field.name) for field in fields(weights)}
+        self._experts[expert] = {
+            name: part.double().clone()
+            for name, part in parts.items()
+            if isinstance(part, torch.Tensor)
+        }
+
+    def submit(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> Ticket:
+        """Compute ``reference.exact``."""
+        check_resident(self.spec, self._experts, expert_ids)
+        return FinishedTicket(reference.exact(self._layer(), hidden, expert_ids, weights))
+
+
+class ReferenceBackend(Backend):
+    """The device ``reference``: every format, every precision the format has."""
+
+    name = "reference"
+    preference = -100
+
+    def __init__(self, formats: Sequence[WeightFormat] = BUILT_IN_FORMATS) -> None:
+        """Take the formats it shall compute."""
+        self._formats = {f.descriptor: f for f in formats}
+
+    def why_unavailable(self) -> str | None:
+        """Return None: torch is everywhere."""
+        return None
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """Return the one device."""
+        return [
+            DeviceInfo(
+                name=self.name,
+                description="float64 in torch, on the CPU",
+                torch_device="cpu",
+                memory_bytes=hardware.detect().memory.total_bytes,
+            )
+        ]
+
+    def capabilities(self, device: str) -> Capabilities:
+        """See ``Backend.capabilities``."""
+        del device
+        return Capabilities(formats=frozenset(f.name for f in self._formats))
+
+    def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
+        """See ``Backend.open``; there is one thread, the caller's."""
+        del threads
+        return ReferenceDevice(self.devices()[0], self.capabilities(device), self._formats)
+
+
+class ReferenceDevice(ExpertDevice):
+    """Owns nothing but its kernels."""
+
+    threads = 1
+    kernel_class: type[ReferenceKernel] = ReferenceKernel
+
+    def __init__(
+        self, info: DeviceInfo, capabilities: Capabilities, formats: Mapping[Format, WeightFormat]
+    ) -> None:
+        """Take the formats by descriptor."""
+        self.info = info
+        self.capabilities = capabilities
+        self._formats = formats
+
+    def expert_bytes(self, spec: MoeSpec, weight_format: Format) -> int:
+        """See ``ExpertDevice.expert_bytes``."""
+        del weight_format
+        return expert_bytes(spec)
+
+    def expert_kernel(
+        self,
+        spec: MoeSpec,
+        weight_format: Format,
+        *,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> ExpertKernel:
+        """See ``ExpertDevice.expert_kernel``."""
+        if weight_format not in self._formats:
+            msg = f"the reference was not given format {weight_format.name!r}"
+            raise UnsupportedFormatError(msg)
+        if precision not in _precisions(weight_format):
+            msg = f"format {weight_format.name!r} has no {precision.value} activations"
+            raise UnsupportedFormatError(msg)
+        return self.kernel_class(spec, self._formats[weight_format], precision)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to stop."""
+
+
+def expert_bytes(spec: MoeSpec) -> int:
+    """Bytes of one expert in float64."""
+    inner = spec.intermediate_size * (2 if spec.activation.is_gated else 1)
+    biases = inner + spec.hidden_size if spec.has_bias else 0
+    return 8 * (spec.weights_per_expert + biases)
+
+
+def named_precision(
+    precision: ActivationPrecision, weight_format: Format, hidden_type: torch.dtype
+) -> ActivationPrecision:
+    """Return the precision that ``AUTO`` stands for, or the one that was named."""
+    if precision is not ActivationPrecision.AUTO:
+        return precision
+    if weight_format.element is not Element.BF16:
+        return ActivationPrecision.INT8
+    is_bf16 = hidden_type is torch.bfloat16
+    return ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.FLOAT32
+
+
+def _precisions(weight_format: Format) -> frozenset[ActivationPrecision]:
+    is_bf16 = weight_format.element is Element.BF16
+    own = ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.INT8
+    return frozenset({ActivationPrecision.AUTO, ActivationPrecision.FLOAT32, own})

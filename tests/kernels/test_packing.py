@@ -1,0 +1,662 @@
+"""The packed bytes of an expert, read back as csrc/format/layout.hpp draws them.
+
+The decoder here shares nothing with csrc/: it takes the bytes apart by the drawing alone. What it
+finds must be the reference's codes, scales and zero points, bit for bit, on every instruction set.
+Longer than most files, because all of it needs the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kt_core.interfaces import ExpertWeights, QuantizedTensor
+from kt_core.quant import BUILT_IN_FORMATS
+from kt_core.quant.reference import dequantize, quantize
+from kt_core.types import (
+    Activation,
+    ActivationKind,
+    ActivationPrecision,
+    Capabilities,
+    DeviceInfo,
+    Element,
+    Format,
+    MoeSpec,
+    ScaleType,
+)
+from kt_cpu import _kernels
+from kt_cpu.backend import CpuDevice
+from kt_cpu.kernel import CpuExpertKernel
+
+ISAS = [name for name, is_supported in _kernels.isas() if is_supported]
+# csrc/ is written over descriptors: these are not registered, and must work all the same.
+UNREGISTERED = [
+    Format(name="int4-row", element=Element.INT4, scale=ScaleType.FLOAT32),
+    Format(name="int4-row-asym", element=Element.INT4, scale=ScaleType.BF16, has_zero_point=True),
+    Format(name="int8-g64-f32", element=Element.INT8, scale=ScaleType.FLOAT32, group_size=64),
+]
+FORMATS = {f.name: f for f in [*(b.descriptor for b in BUILT_IN_FORMATS), *UNREGISTERED]}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROJECTIONS = ("gate", "up", "down")
+UNGATED = Activation(kind=ActivationKind.RELU2, is_gated=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
+    with open_device(request.param) as opened:
+        yield opened
+
+
+def open_device(isa: str) -> CpuDevice:
+    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 30)
+    return CpuDevice(info, Capabilities(elements=frozenset(Element), instruction_set=isa), 1)
+
+
+# ---------------------------------------------------------------- the drawing, read in Python
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One packed matrix, padding included: ``weight = scales * (codes - zeros)``."""
+
+    codes: NDArray[np.int32]  # [padded rows, padded cols]; the 16 bits of a bfloat16
+    scales: NDArray[np.float32]  # [padded rows, groups]; no groups for bf16
+    zeros: NDArray[np.int32]  # [padded rows, groups]; 0 where codes are signed
+
+
+class Bytes:
+    """Taken off the front, in pieces that each fill whole 64-byte rows."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.at = raw, 0
+
+    def take(self, count: int, dtype: str) -> NDArray[np.generic]:
+        size = count * np.dtype(dtype).itemsize
+        piece = self.raw[self.at : self.at + size]
+        padding = self.raw[self.at + size : self.at + round_up(size, 64)]
+        assert len(piece) == size, "the expert is shorter than drawn"
+        assert not any(padding), "padding holds something"
+        self.at += round_up(size, 64)
+        return np.frombuffer(piece, dtype)
+
+
+def take_panel(raw: Bytes, weight_format: Format, cols: int) -> Matrix:
+    padded = round_up(cols, max(64, weight_format.group_size or 0))
+    groups = padded // weight_format.group_size if weight_format.group_size else 1
+    scales, zeros = np.zeros((16, 0), np.float32), np.zeros((16, groups), np.int32)
+    if weight_format.scale is ScaleType.FLOAT32:
+        scales = raw.take(groups * 16, "<f4").reshape(groups, 16).T
+    elif weight_format.scale is ScaleType.BF16:
+        halves = raw.take(groups * 16, "<u2").astype(np.uint32) << 16
+        scales = halves.view(np.float32).reshape(groups, 16).T
+    if weight_format.has_zero_point:
+        zeros = raw.take(groups * 16, "u1").astype(np.int32).reshape(groups, 16).T
+    match weight_format.element:
+        case Element.BF16:
+            lanes = raw.take(padded * 16, "<u2").reshape(-1, 16, 2).astype(np.int32)
+        case Element.INT8:
+            lanes = raw.take(padded * 16, "i1").reshape(-1, 16, 4).astype(np.int32)
+        case Element.INT4:
+            pairs = raw.take(padded * 8, "u1").reshape(-1, 16, 4).astype(np.int32)
+            lanes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
+            lanes = lanes if weight_format.has_zero_point else lanes - 8
+    return Matrix(lanes.transpose(1, 0, 2).reshape(16, padded), scales, zeros)
+
+
+def stacked(panels: list[Matrix]) -> Matrix:
+    return Matrix(
+        np.concatenate([p.codes for p in panels]),
+        np.concatenate([p.scales for p in panels]),
+        np.concatenate([p.zeros for p in panels]),
+    )
+
+
+def decode(
+    raw: bytes, spec: MoeSpec, weight_format: Format
+) -> tuple[dict[str, Matrix], dict[str, NDArray[np.generic]]]:
+    """Matrices and biases of one packed expert."""
+    rest = Bytes(raw)
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    gated = ["gate"] if spec.activation.is_gated else []
+    panels: dict[str, list[Matrix]] = {name: [] for name in (*gated, "up", "down")}
+    for _ in range(0, inner, 16):
+        for name in (*gated, "up"):
+            panels[name].append(take_panel(rest, weight_format, hidden))
+    for _ in range(0, hidden, 16):
+        panels["down"].append(take_panel(rest, weight_format, inner))
+    biases = {}
+    if spec.has_bias:
+        for name in (*gated, "up", "down"):
+            biases[name] = rest.take(round_up(hidden if name == "down" else inner, 16), "<f4")
+    assert rest.at == len(raw), "the expert is longer than drawn"
+    return {name: stacked(p) for name, p in panels.items()}, biases
+
+
+def expect_matrix(name: str, got: Matrix, want: QuantizedTensor) -> None:
+    """The numbers are the reference's; what was added to fill panels and rows is worth 0."""
+    rows, cols = want.codes.shape
+    if want.scales is None:
+        bits = want.codes.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.int32)
+        np.testing.assert_array_equal(got.codes[:rows, :cols], bits, err_msg=name)
+        assert not got.codes[rows:].any(), name
+        assert not got.codes[:, cols:].any(), name
+        return
+    groups = want.scales.shape[1]
+    np.testing.assert_array_equal(got.codes[:rows, :cols], want.codes.numpy(), err_msg=name)
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(got.scales[:rows, :groups]).view(np.uint32),
+        want.scales.numpy().view(np.uint32),
+        err_msg=f"scales of {name}",
+    )
+    if want.zero_points is not None:
+        np.testing.assert_array_equal(
+            got.zeros[:rows, :groups], want.zero_points.numpy(), err_msg=f"zeros of {name}"
+        )
+    assert not got.scales[rows:].any(), name
+    assert not got.scales[:, groups:].any(), name
+    spread = np.repeat(got.zeros, got.codes.shape[1] // got.zeros.shape[1], axis=1)
+    value = got.codes - spread
+    assert not value[rows:].any(), f"{name}: outputs beyond the last are not 0"
+    assert not value[:, cols:].any(), f"{name}: inputs beyond the last are not 0"
+
+
+def expect_expert(kernel: CpuExpertKernel, expert: int, weights: ExpertWeights) -> None:
+    spec, weight_format = kernel.spec, kernel.weight_format
+    matrices, biases = decode(kernel.packed_bytes(expert), spec, weight_format)
+    for name, matrix in matrices.items():
+        tensor = getattr(weights, name)
+        expect_matrix(name, matrix, quantize(tensor, weight_format))
+    for name, bias in biases.items():
+        want = getattr(weights, f"{name}_bias").float().numpy()
+        np.testing.assert_array_equal(bias[: len(want)], want)
+        assert not bias[len(want) :].any()
+
+
+# ---------------------------------------------------------------- what is packed
+
+
+def random_weights(
+    spec: MoeSpec, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> ExpertWeights:
+    """Rows of different size, positive ones, negative ones and mixed ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, cols: int) -> torch.Tensor:
+        values = torch.randn(rows, cols, generator=generator)
+        values[1::4] = values[1::4].abs()
+        values[2::4] = -values[2::4].abs()
+        return (values * torch.rand(rows, 1, generator=generator)).to(dtype)
+
+    def bias(size: int) -> torch.Tensor | None:
+        return torch.randn(size, generator=generator).to(dtype) if spec.has_bias else None
+
+    inner, hidden, gated = spec.intermediate_size, spec.hidden_size, spec.activation.is_gated
+    return ExpertWeights(
+        gate=matrix(inner, hidden) if gated else None,
+        up=matrix(inner, hidden),
+        down=matrix(hidden, inner),
+        gate_bias=bias(inner) if gated else None,
+        up_bias=bias(inner),
+        down_bias=bias(hidden),
+    )
+
+
+def loaded(
+    device: CpuDevice, spec: MoeSpec, weight_format: Format, *experts: ExpertWeights
+) -> CpuExpertKernel:
+    kernel = device.expert_kernel(spec, weight_format)
+    for index, weights in enumerate(experts):
+        kernel.load(index, weights)
+    return kernel
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize(
+    ("hidden", "inner", "dtype"),
+    [
+        (1, 1, "float32"),
+        (16, 64, "bfloat16"),
+        (63, 17, "float16"),
+        (33, 40, "bfloat16"),
+        (129, 31, "float16"),
+        (97, 130, "float32"),
+    ],
+)
+def test_bytes_are_as_drawn(
+    device: CpuDevice, weight_format: Format, hidden: int, inner: int, dtype: str
+) -> None:
+    """Odd shapes, every type on disk; the second expert is checked, so that strides count."""
+    spec = MoeSpec(num_experts=2, hidden_size=hidden, intermediate_size=inner)
+    weights = random_weights(spec, DTYPES[dtype])
+    kernel = loaded(device, spec, weight_format, random_weights(spec, seed=1), weights)
+    expect_expert(kernel, 1, weights)
+
+
+@pytest.mark.parametrize("activation", [Activation(kind=ActivationKind.SILU), UNGATED])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_biases_and_experts_without_a_gate(
+    device: CpuDevice, activation: Activation, dtype: torch.dtype
+) -> None:
+    spec = MoeSpec(
+        num_experts=2,
+        hidden_size=50,
+        intermediate_size=34,
+        activation=activation,
+        has_bias=True,
+    )
+    weights = random_weights(spec, dtype)
+    for name in ("bf16", "int8", "int4-g32-asym"):
+        expect_expert(
+            loaded(device, spec, FORMATS[name], random_weights(spec, seed=1), weights), 1, weights
+        )
+
+
+def strided_views(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same numbers, in the layouts that checkpoints have."""
+    rows, cols = matrix.shape
+    wide = torch.full((rows * 2 + 1, cols * 3 + 1), float("nan"), dtype=matrix.dtype)
+    every = wide[1::2, 1::3]
+    every.copy_(matrix)
+    deep = torch.full((cols * 2, rows), float("nan"), dtype=matrix.dtype)
+    deep[1::2].copy_(matrix.T)
+    return {
+        "transposed": matrix.T.contiguous().T,
+        "transposed, every second input": deep[1::2].T,
+        "every second output, every third input": every,
+        "one row for all": matrix[:1].expand(rows, cols),
+        "one column for all": matrix[:, :1].expand(rows, cols),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4-g32", "int4-g64-asym"])
+def test_strided_sources(device: CpuDevice, name: str, dtype: torch.dtype) -> None:
+    spec = MoeSpec(num_experts=1, hidden_size=43, intermediate_size=37)
+    plain = random_weights(spec, dtype)
+    gates, ups, downs = (strided_views(getattr(plain, name)) for name in PROJECTIONS)
+    for kind in gates:
+        weights = ExpertWeights(gate=gates[kind], up=ups[kind], down=downs[kind])
+        expect_expert(loaded(device, spec, FORMATS[name], weights), 0, weights)
+
+
+def extreme_rows(cols: int) -> dict[str, torch.Tensor]:
+    """One row each of numbers that rounding, division or the scale's own type trip over."""
+    ramp = torch.arange(cols, dtype=torch.float32)
+    signs = 1 - 2 * (ramp % 2)
+    halves = (ramp % 7 + 0.5) * signs
+    rows = {
+        "all zero": ramp * 0,
+        "negative zero": -(ramp * 0),
+        "one outlier": torch.where(ramp == 5, 1e30, 1e-3 * signs),
+        "tiny": 1e-37 * signs * (1 + ramp),
+        "subnormal": 1.4012984643e-45 * (1 + ramp % 29) * signs,
+        "around the smallest scale": 1.4012984643e-45 * (ramp % 8),
+        "huge": 1e35 * signs * (ramp % 11),
+        "largest of bf16 but one": torch.full_like(ramp, 3.3762e38),
+        "ties of int4": torch.where(ramp % 32 == 3, 7, halves.clamp(-6.5, 6.5)),
+        "ties of int8": torch.where(ramp % 32 == 3, 127, halves * 17),
+        # range 15, so scale 1 and zero 5
+        "ties with a zero point": torch.where(
+            ramp % 32 == 3, -5, torch.where(ramp % 32 == 9, 10, halves.clamp(-4.5, 6.5))
+        ),
+        # range 15 and -low / scale = 4.5: the zero point itself is a tie
+        "tie of the zero point": torch.where(
+            ramp % 32 == 3, -4.5, torch.where(ramp % 32 == 9, 10.5, ramp % 4)
+        ),
+        # 1 + 2^-8 is halfway between two bf16: ties of the scale
+        "ties of the scale": 7 * (1 + (1 + 2 * (ramp // 32 % 2)) * 2.0**-8) * signs,
+        "negative only": -1 - ramp % 5,
+        "positive only": 1 + ramp % 5,
+        "signs alternate": signs,
+    }
+    return {name: row.float() for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS.keys())
+def test_extreme_values(device: CpuDevice, weight_format: Format) -> None:
+    matrix = torch.stack(list(extreme_rows(139).values()))
+    rows, cols = matrix.shape
+    spec = MoeSpec(num_experts=1, hidden_size=cols, intermediate_size=rows, activation=UNGATED)
+    weights = ExpertWeights(up=matrix, down=matrix.T.contiguous())
+    expect_expert(loaded(device, spec, weight_format, weights), 0, weights)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS.keys())
+def test_every_binary_exponent(device: CpuDevice, weight_format: Format) -> None:
+    """Random mantissas over the whole range of float32: 60,000 quotients per format."""
+    generator = torch.Generator().manual_seed(7)
+    exponents = torch.linspace(-148, 120, 200).unsqueeze(1)
+    matrix = torch.randn(200, 300, generator=generator) * torch.pow(2.0, exponents)
+    spec = MoeSpec(num_experts=1, hidden_size=300, intermediate_size=200, activation=UNGATED)
+    weights = ExpertWeights(up=matrix, down=matrix.T)
+    expect_expert(loaded(device, spec, weight_format, weights), 0, weights)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize(("hidden", "inner"), [(1, 1), (64, 128), (43, 149)])
+def test_quantised_tensors_give_the_same_bytes(
+    device: CpuDevice, weight_format: Format, hidden: int, inner: int
+) -> None:
+    spec = MoeSpec(num_experts=2, hidden_size=hidden, intermediate_size=inner)
+    dense = random_weights(spec)
+    kernel = loaded(device, spec, weight_format, dense, quantized(dense, weight_format))
+    assert kernel.packed_bytes(0) == kernel.packed_bytes(1)
+    expect_expert(kernel, 1, dense)
+
+
+def quantized(dense: ExpertWeights, weight_format: Format) -> ExpertWeights:
+    parts = {name: quantize(getattr(dense, name), weight_format) for name in PROJECTIONS}
+    return replace(dense, **parts)
+
+
+def test_quantised_tensors_may_be_strided_views() -> None:
+    spec = MoeSpec(num_experts=2, hidden_size=70, intermediate_size=33)
+    weight_format = FORMATS["int4-g32-asym"]
+    dense = random_weights(spec)
+    views = {}
+    for name in PROJECTIONS:
+        parts = quantize(getattr(dense, name), weight_format)
+        assert parts.scales is not None
+        assert parts.zero_points is not None
+        views[name] = QuantizedTensor(
+            weight_format=weight_format,
+            codes=parts.codes.T.contiguous().T,
+            scales=parts.scales.T.contiguous().T,
+            zero_points=parts.zero_points.T.contiguous().T,
+        )
+    with open_device("scalar") as device:
+        kernel = loaded(device, spec, weight_format, dense, ExpertWeights(**views))
+    assert kernel.packed_bytes(0) == kernel.packed_bytes(1)
+
+
+def test_loading_again_replaces_the_expert(device: CpuDevice) -> None:
+    """Also what lies beyond the last output and input."""
+    spec = MoeSpec(num_experts=1, hidden_size=37, intermediate_size=19, has_bias=True)
+    for name in ("bf16", "int8-g32", "int4-g128-asym"):
+        first, second = random_weights(spec), random_weights(spec, seed=1)
+        kernel = loaded(device, spec, FORMATS[name], first)
+        kernel.load(0, second)
+        expect_expert(kernel, 0, second)
+
+
+# H = 96, I = 40, worked out by hand. Outputs: gate and up have 3 panels of 16, down has 6. Inputs:
+# 96 are padded to 128; 40 to 64, and to 128 in groups of 128. A panel is scales, zero points (each
+# in whole 64-byte rows), then padded inputs * 16 * bits / 8:
+#   bf16            gate, up: 4096                           down: 2048
+#   int8            64 + 2048                                64 + 1024
+#   int8-g32        4 groups * 16 * 2 = 128, + 2048          2 groups: 64, + 1024
+#   int4-g32        128 + 1024                               64 + 512
+#   int4-g32-asym   128 + 4 * 16 = 64 + 1024                 64 + 32 -> 64 + 512
+#   int4-g128       1 group: 32 -> 64, + 1024                the same
+#   int4-g128-asym  64 + 16 -> 64 + 1024                     the same
+DRAWN_BYTES = {
+    "bf16": 6 * 4096 + 6 * 2048,
+    "int8": 6 * 2112 + 6 * 1088,
+    "int8-g32": 6 * 2176 + 6 * 1088,
+    "int4-g32": 6 * 1152 + 6 * 576,
+    "int4-g32-asym": 6 * 1216 + 6 * 640,
+    "int4-g128": 6 * 1088 + 6 * 1088,
+    "int4-g128-asym": 6 * 1152 + 6 * 1152,
+}
+
+
+@pytest.mark.parametrize(("name", "size"), DRAWN_BYTES.items())
+def test_bytes_per_expert_by_hand(name: str, size: int) -> None:
+    gated = MoeSpec(num_experts=1, hidden_size=96, intermediate_size=40)
+    with open_device("scalar") as device:
+        assert device.expert_bytes(gated, FORMATS[name]) == size
+        # float32 biases of 48, 48 and 96 padded outputs
+        with_bias = replace(gated, has_bias=True)
+        assert device.expert_bytes(with_bias, FORMATS[name]) == size + 4 * (48 + 48 + 96)
+        kernel = device.expert_kernel(with_bias, FORMATS[name])
+        assert kernel.bytes_per_expert == len(kernel.packed_bytes(0)) == size + 768
+
+
+# ---------------------------------------------------------------- what is refused
+
+NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+SMALL = MoeSpec(num_experts=2, hidden_size=37, intermediate_size=19, has_bias=True)
+
+
+def with_value(
+    weights: ExpertWeights, name: str, at: tuple[int, ...], value: float
+) -> ExpertWeights:
+    tensor = getattr(weights, name).clone()
+    tensor[at] = value
+    return replace(weights, **{name: tensor})
+
+
+def expect_refusal(kernel: CpuExpertKernel, bad: ExpertWeights, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernel.load(1, bad)
+    assert kernel.resident() == frozenset()
+
+
+def expect_healing(kernel: CpuExpertKernel, good: ExpertWeights) -> None:
+    """What was refused cannot be asked for; a good expert can be loaded in its place."""
+    hidden, ids = torch.zeros(1, kernel.spec.hidden_size), torch.ones(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expert 1 is not resident"):
+        kernel.submit(hidden, ids, torch.ones(1, 1))
+    kernel.load(1, good)
+    assert kernel.resident() == {1}
+    expect_expert(kernel, 1, good)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4-g32", "int4-g64-asym"])
+def test_weight_that_is_not_finite(device: CpuDevice, name: str, projection: str) -> None:
+    kernel = device.expert_kernel(SMALL, FORMATS[name])
+    for dtype in DTYPES.values():
+        good = random_weights(SMALL, dtype)
+        for value in NOT_FINITE.values():
+            for at in [(0, 0), (17, 16), (-1, -1)]:
+                bad = with_value(good, projection, at, value)
+                message = f"the {projection} projection of expert 1 holds a NaN or an infinity"
+                expect_refusal(kernel, bad, message)
+    expect_healing(kernel, good)
+
+
+@pytest.mark.parametrize("name", ["gate_bias", "up_bias", "down_bias"])
+def test_bias_that_is_not_finite(name: str) -> None:
+    good = random_weights(SMALL)
+    with open_device("scalar") as device:
+        kernel = device.expert_kernel(SMALL, FORMATS["int8"])
+        for value in NOT_FINITE.values():
+            bad = with_value(good, name, (-1,), value)
+            expect_refusal(kernel, bad, f"{name} holds a NaN or an infinity")
+        # finite in float64, infinite in the float32 that is stored
+        wide = replace(good, **{name: getattr(good, name).double() + 1e300})
+        expect_refusal(kernel, wide, f"{name} (holds a NaN or an infinity|must be)")
+        expect_healing(kernel, good)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g32", "int4-g64-asym"])
+def test_scale_that_is_not_finite(device: CpuDevice, name: str, projection: str) -> None:
+    kernel = device.expert_kernel(SMALL, FORMATS[name])
+    dense = random_weights(SMALL)
+    good = quantized(dense, FORMATS[name])
+    # a float32 scale that bf16 cannot hold becomes infinite when it is stored
+    too_large = {} if FORMATS[name].scale is ScaleType.FLOAT32 else {"overflow": 3.4e38}
+    for value in {**NOT_FINITE, **too_large}.values():
+        tensor = getattr(good, projection)
+        scales = tensor.scales.clone()
+        scales[-1, -1] = value
+        bad = replace(good, **{projection: replace(tensor, scales=scales)})
+        message = f"the {projection} projection of expert 1 holds a NaN or an infinity"
+        expect_refusal(kernel, bad, message)
+    expect_healing(kernel, dense)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_quantised_bf16_that_is_not_finite(projection: str) -> None:
+    dense = random_weights(SMALL)
+    good = quantized(dense, FORMATS["bf16"])
+    codes = getattr(good, projection).codes.clone()
+    codes[3, 2] = float("inf")
+    bad = replace(good, **{projection: replace(getattr(good, projection), codes=codes)})
+    with open_device("scalar") as device:
+        kernel = device.expert_kernel(SMALL, FORMATS["bf16"])
+        expect_refusal(kernel, bad, f"the {projection} projection of expert 1")
+        expect_healing(kernel, dense)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_weight_beyond_the_range_of_bf16(device: CpuDevice, projection: str) -> None:
+    """bf16 ends at 3.3895e38; beyond the middle to the next power of two float32 rounds away."""
+    good = random_weights(SMALL)
+    kernel = device.expert_kernel(SMALL, FORMATS["bf16"])
+    edge = float.fromhex("0x1.fep127")
+    half_step = float.fromhex("0x1p119")
+    fits = with_value(good, projection, (-1, -1), edge + 0.99 * half_step)
+    kernel.load(0, fits)
+    expect_expert(kernel, 0, fits)
+    kernel.unload(0)
+    for value in (edge + half_step, -edge - half_step):
+        bad = with_value(good, projection, (-1, -1), value)
+        expect_refusal(kernel, bad, f"the {projection} projection of expert 1 holds")
+    expect_healing(kernel, good)
+
+
+def test_group_whose_range_overflows(device: CpuDevice) -> None:
+    """max - min is infinite in float32: an infinite scale would turn outputs into NaN."""
+    good = random_weights(SMALL)
+    bad = with_value(with_value(good, "up", (0, 0), 3e38), "up", (0, 1), -3e38)
+    kernel = device.expert_kernel(SMALL, FORMATS["int4-g32-asym"])
+    expect_refusal(kernel, bad, "the up projection of expert 1 holds a NaN or an infinity")
+    expect_healing(kernel, good)
+    kernel = device.expert_kernel(SMALL, FORMATS["int4-g32"])
+    kernel.load(1, bad)
+    expect_expert(kernel, 1, bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "message"),
+    [
+        ("int4-g32", "codes", lambda t: t[:, 1:], "codes of up must be .*19, 37"),
+        ("int4-g32", "codes", lambda t: t.to(torch.int32), "torch.int8.*, got"),
+        ("int4-g32", "codes", lambda t: t + 8, "codes of up must be in -8..7, got 15"),
+        ("int4-g32", "codes", lambda t: t - 9, "codes of up must be in -8..7, got -1"),
+        ("int4-g32-asym", "codes", lambda t: t + 1, "codes of up must be in 0..15, got 16"),
+        ("int4-g32-asym", "zero_points", lambda t: t[:1], "zero_points of up must be .*19, 2"),
+        ("int4-g32-asym", "zero_points", lambda t: None, "zero_points of up must be"),
+        ("int4-g32", "scales", lambda t: t[:, :1], "scales of up must be .*19, 2"),
+        ("int8", "scales", lambda t: t.bfloat16(), "torch.float32.*, got"),
+        ("int8", "codes", lambda t: t.to("meta"), "codes of up must be on the cpu, got meta"),
+        ("int8", "scales", lambda t: t.to("meta"), "scales of up must be on the cpu, got meta"),
+    ],
+)
+def test_quantised_tensor_of_a_wrong_kind(
+    name: str, part: str, change: object, message: str
+) -> None:
+    assert callable(change)
+    good = quantized(random_weights(SMALL), FORMATS[name])
+    assert isinstance(good.up, QuantizedTensor)
+    bad = replace(good, up=replace(good.up, **{part: change(getattr(good.up, part))}))
+    with open_device("scalar") as device:
+        kernel = device.expert_kernel(SMALL, FORMATS[name])
+        with pytest.raises(ValueError, match=message):
+            kernel.load(0, bad)
+        other = device.expert_kernel(SMALL, FORMATS["bf16"])
+        with pytest.raises(ValueError, match=f"gate is '{name}', this layer 'bf16'"):
+            other.load(0, good)
+    assert kernel.resident() == other.resident() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"up": torch.zeros(37, 19)}, r"up must be \[19, 37\].*, got \[37, 19\]"),
+        ({"down": torch.zeros(19, 37)}, r"down must be \[37, 19\]"),
+        ({"gate": torch.zeros(19 * 37)}, r"gate must be \[19, 37\]"),
+        ({"gate": None}, "gate is missing"),
+        ({"gate_bias": None}, "gate_bias is missing"),
+        ({"down_bias": None}, "down_bias is missing"),
+        ({"up_bias": torch.zeros(37)}, r"up_bias must be \[19\]"),
+        (
+            {"up": torch.zeros(19, 37, dtype=torch.int8)},
+            "up must be .*float32, bfloat16 or float16",
+        ),
+        ({"up": torch.zeros(19, 37, dtype=torch.float64)}, "got .*torch.float64"),
+        ({"up": torch.zeros(19, 37, device="meta")}, "up must be on the cpu, got meta"),
+        ({"up_bias": torch.zeros(19, device="meta")}, "up_bias must be on the cpu, got meta"),
+    ],
+)
+def test_weights_of_a_wrong_kind(changes: dict[str, torch.Tensor | None], message: str) -> None:
+    with open_device("scalar") as device:
+        kernel = device.expert_kernel(SMALL, FORMATS["bf16"])
+        with pytest.raises(ValueError, match=message):
+            kernel.load(0, replace(random_weights(SMALL), **changes))
+        assert kernel.resident() == frozenset()
+
+
+def test_parts_that_the_layer_does_not_have() -> None:
+    spec = replace(SMALL, has_bias=False, activation=UNGATED)
+    good = random_weights(spec)
+    with open_device("scalar") as device:
+        kernel = device.expert_kernel(spec, FORMATS["bf16"])
+        for name, extra in {"gate": torch.zeros(19, 37), "up_bias": torch.zeros(19)}.items():
+            with pytest.raises(ValueError, match=f"{name} is not part of this layer"):
+                kernel.load(0, replace(good, **{name: extra}))
+        kernel.load(0, good)
+        expect_expert(kernel, 0, good)
+
+
+# ---------------------------------------------------------------- the unregistered formats compute
+
+
+@pytest.mark.parametrize("precision", [ActivationPrecision.FLOAT32, ActivationPrecision.INT8])
+@pytest.mark.parametrize("weight_format", UNREGISTERED, ids=lambda f: f.name)
+def test_formats_that_only_a_descriptor_describes(
+    device: CpuDevice, weight_format: Format, precision: ActivationPrecision
+) -> None:
+    """One scale and zero point per output over several blocks of activations.
+
+    Longest dot product: 300 terms, ``300 u sum |terms|`` (Higham 2002, section 3.1); the relu
+    between doubles it at most, and 4 covers the roundings of the weights and the weighted sum.
+    An int8 activation is off by at most half a step, ``max / 254``; so is what lies between.
+    """
+    spec = MoeSpec(
+        num_experts=1,
+        hidden_size=300,
+        intermediate_size=290,
+        activation=Activation(kind=ActivationKind.RELU, is_gated=False),
+    )
+    dense = random_weights(spec)
+    kernel = device.expert_kernel(spec, weight_format, precision=precision)
+    kernel.load(0, dense)
+    up, down = (
+        dequantize(quantize(getattr(dense, name), weight_format)).double()
+        for name in ("up", "down")
+    )
+    hidden = torch.randn(3, 300, generator=torch.Generator().manual_seed(3))
+    ids = torch.zeros(3, 1, dtype=torch.int64)
+
+    got = kernel.submit(hidden, ids, torch.ones(3, 1)).wait()
+
+    x = hidden.double()
+    inner = (x @ up.T).relu()
+    allowed = 4 * 300 * 2.0**-24 * ((x.abs() @ up.abs().T) @ down.abs().T)
+    if precision is ActivationPrecision.INT8:
+        inner_error = x.abs().amax(1, keepdim=True) / 254 * up.abs().sum(1)
+        inner_error += (inner + inner_error).amax(1, keepdim=True) / 254
+        allowed += inner_error @ down.abs().T
+    assert bool(((got - inner @ down.T).abs() <= allowed).all())
