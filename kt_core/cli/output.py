@@ -123,6 +123,10 @@ def progress_bar(first_stage: str) -> Iterator[ProgressCallback]:
 
         def report(stage: str, fraction: float | None) -> None:
             total = None if fraction is None else 1.0
-            bar.update(task, description=stage, completed=fraction or 0.0, total=total)
+            is_new = stage != bar.tasks[task].description
+            # A new stage is shown at once: a short one would be over before the next refresh.
+            bar.update(
+                task, description=stage, completed=fraction or 0.0, total=total, refresh=is_new
+            )
 
         yield report

@@ -118,7 +118,9 @@ class ModelAdapterContract(OneTorchThread, ABC):
             assert {name: tuple(part.shape) for name, part in parts.items()} == _shapes(site)
             # Compared outside the assert: pytest would explain how thousands of numbers differ, which
             # takes it hours where it thinks that it runs in CI.
-            every_number_once = sorted(_addresses(parts.values())) == sorted(_addresses(rows.values()))
+            every_number_once = sorted(_addresses(parts.values())) == sorted(
+                _addresses(rows.values())
+            )
             assert every_number_once, (
                 "the weights are copies, or some number of the checkpoint is unused or used twice"
             )
