@@ -116,12 +116,11 @@ class ModelAdapterContract(OneTorchThread, ABC):
             rows = _rows(model, site, site.spec.num_experts - 1)
             parts = _parts(site.expert_weights(rows))
             assert {name: tuple(part.shape) for name, part in parts.items()} == _shapes(site)
-            # Compared outside the assert: pytest would explain how thousands of numbers differ, which
-            # takes it hours where it thinks that it runs in CI.
-            every_number_once = sorted(_addresses(parts.values())) == sorted(
-                _addresses(rows.values())
-            )
-            assert every_number_once, (
+            # Compared outside the assert: pytest would explain how thousands of numbers differ,
+            # which takes it hours where it thinks that it runs in CI.
+            used, stored = sorted(_addresses(parts.values())), sorted(_addresses(rows.values()))
+            each_used_once = used == stored
+            assert each_used_once, (
                 "the weights are copies, or some number of the checkpoint is unused or used twice"
             )
 
