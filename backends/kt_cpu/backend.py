@@ -124,7 +124,7 @@ class CpuDevice(ExpertDevice):
         allowed = (
             (ActivationPrecision.BF16, ActivationPrecision.FLOAT32)
             if weight_format.element is Element.BF16
-            else (ActivationPrecision.INT8, ActivationPrecision.FLOAT32)
+            else tuple(precision for precision in ActivationPrecision if precision != "auto")
         )
         if precision not in (ActivationPrecision.AUTO, *allowed):
             msg = (

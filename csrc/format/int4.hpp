@@ -10,13 +10,21 @@ struct Int4 {
   static constexpr int kValuesPerRow = 8;
   static constexpr bool kIsInteger = true;
   static constexpr bool kHasZeroPoint = kZeroPoint;
+  static constexpr bool kIsBf16Operand = false;
+  static constexpr bool kIsInt8Operand = false;
   static constexpr int kDotsPerRow = 2;
   static constexpr int kDotZero = 8;
 
+  static I32 Code(I32 row, int j) {
+    return And(Shr(row, j < 4 ? 8 * j : 8 * (j - 4) + 4), I32::Set(15));
+  }
   static F32 Value(I32 row, int j) {
-    const int shift = j < 4 ? 8 * j : 8 * (j - 4) + 4;
-    const I32 code = And(Shr(row, shift), I32::Set(15));
-    return ToF32(kZeroPoint ? code : Add(code, I32::Set(-8)));
+    return ToF32(kZeroPoint ? Code(row, j) : Add(Code(row, j), I32::Set(-8)));
+  }
+  // Inputs 2i and 2i + 1, less the zero point: integers from -15 to 15, exact.
+  static I32 Bf16Operand(I32 row, int i, I32 zero) {
+    const I32 z = kZeroPoint ? zero : I32::Set(8);
+    return Bf16Pair(ToF32(Sub(Code(row, 2 * i), z)), ToF32(Sub(Code(row, 2 * i + 1), z)));
   }
   static I32 DotOperand(I32 row, int i) {
     return And(i == 0 ? row : Shr(row, 4), I32::Set(0x0f0f0f0f));

@@ -26,8 +26,6 @@ namespace kt {
 constexpr size_t kPanel = 16;
 constexpr size_t kRowBytes = 64;
 constexpr size_t kColumnPad = 64;
-// Inputs that share a scale of the dynamic int8 activations where the weights have no groups.
-constexpr size_t kActivationGroup = 128;
 
 enum class Element : uint8_t { kBf16, kInt8, kInt4 };
 enum class ScaleType : uint8_t { kNone, kFloat32, kBf16 };

@@ -32,6 +32,16 @@ struct ExpertSource {
 
 // Buffers of one call, kept from call to call so that a decode step allocates nothing.
 struct Scratch {
+  // The pairs of one expert: `count` of them from the first on, and rows of the intermediate buffer.
+  struct ActiveExpert {
+    size_t expert, first, count;
+    size_t cost;  // of all experts before it, in the unit of ForwardJob::GateUpCost
+  };
+
+  std::vector<size_t> start;         // [experts + 1] first pair of each expert
+  std::vector<ActiveExpert> active;  // ascending
+  std::vector<int32_t> tokens;       // of each pair, experts in ascending order
+  std::vector<float> weights;        // of each pair
   std::vector<uint8_t> hidden, inter_rows;
   std::vector<float> inter, out;
 };

@@ -6,60 +6,73 @@ inline F32 LoadBias(const uint8_t* expert, size_t offset, size_t panel) {
   return F32::Load(reinterpret_cast<const float*>(expert + offset) + panel * kPanel);
 }
 
+// Panels first..last-1 in twos. A pair is a gate panel and its up panel, or two neighbours.
 template <class Product>
-inline void GateUpPanel(const GateUpArgs& args, size_t panel) {
+inline void GateUpPanels(const GateUpArgs& args) {
   const ExpertLayout& e = *args.layout;
-  const uint8_t* up_panel = args.expert + e.UpPanel(panel);
-  const uint8_t* gate_panel = args.expert + e.GatePanel(panel);
-  ForTokenBlocks<kTokenBlock>(0, args.count, [&](size_t first, auto size) {
-    constexpr int M = decltype(size)::kValue;
-    const uint8_t* a[M];
-    for (int m = 0; m < M; ++m)
-      a[m] = args.hidden.data + static_cast<size_t>(args.tokens[first + m]) * args.hidden.row_bytes;
-    F32 gate[M], up[M];
-    if (e.has_gate) Product::template Run<M>(gate_panel, e.up, args.hidden, a, gate);
-    Product::template Run<M>(up_panel, e.up, args.hidden, a, up);
-    for (int m = 0; m < M; ++m) {
-      if (e.has_bias) up[m] = Add(up[m], LoadBias(args.expert, e.UpBias(), panel));
-      if (!e.has_gate) gate[m] = up[m];
-      else if (e.has_bias) gate[m] = Add(gate[m], LoadBias(args.expert, e.GateBias(), panel));
-      Activate(args.activation, gate[m], up[m])
-          .Store(args.inter + (first + m) * args.inter_stride + panel * kPanel);
-    }
-  });
+  const size_t stride = e.has_gate ? 1 : 2;
+  const auto row = [&](size_t i) {
+    return args.hidden.data + static_cast<size_t>(args.tokens[i]) * args.hidden.row_bytes;
+  };
+  for (size_t p = args.first_panel; p < args.last_panel; p += stride) {
+    const bool is_pair = e.has_gate || p + 1 < args.last_panel;
+    const uint8_t* first = args.expert + (e.has_gate ? e.GatePanel(p) : e.UpPanel(p));
+    const PairArgs pair{first, is_pair ? first + e.up.panel_bytes : nullptr,
+                        p + stride < args.last_panel, &e.up, &args.hidden, args.count,
+                        args.scratch};
+    MultiplyPair<Product>(pair, row, [&](size_t at, auto size, auto& left, auto& right) {
+      constexpr int M = decltype(size)::kValue;
+      for (int m = 0; m < M; ++m) {
+        float* target = args.inter + (at + static_cast<size_t>(m)) * args.inter_stride + p * kPanel;
+        F32 x = left[m], y = right[m];
+        if (e.has_bias) x = Add(x, LoadBias(args.expert, e.has_gate ? e.GateBias() : e.UpBias(), p));
+        if (e.has_gate) {
+          if (e.has_bias) y = Add(y, LoadBias(args.expert, e.UpBias(), p));
+          Activate(args.activation, x, y).Store(target);
+          continue;
+        }
+        Activate(args.activation, x, x).Store(target);
+        if (!is_pair) continue;
+        if (e.has_bias) y = Add(y, LoadBias(args.expert, e.UpBias(), p + 1));
+        Activate(args.activation, y, y).Store(target + kPanel);
+      }
+    });
+  }
 }
 
 template <class Product>
-inline void DownPanel(const DownArgs& args, size_t panel) {
+inline void DownPanels(const DownArgs& args) {
   const ExpertLayout& e = *args.layout;
-  const uint8_t* weights = args.expert + e.DownPanel(panel);
-  ForTokenBlocks<kTokenBlock>(0, args.count, [&](size_t first, auto size) {
-    constexpr int M = decltype(size)::kValue;
-    const uint8_t* a[M];
-    for (int m = 0; m < M; ++m) a[m] = args.inter.data + (first + m) * args.inter.row_bytes;
-    F32 out[M];
-    Product::template Run<M>(weights, e.down, args.inter, a, out);
-    for (int m = 0; m < M; ++m) {
-      if (e.has_bias) out[m] = Add(out[m], LoadBias(args.expert, e.DownBias(), panel));
+  const auto row = [&](size_t i) { return args.inter.data + i * args.inter.row_bytes; };
+  for (size_t p = args.first_panel; p < args.last_panel; p += 2) {
+    const bool is_pair = p + 1 < args.last_panel;
+    const uint8_t* first = args.expert + e.DownPanel(p);
+    const PairArgs pair{first,  is_pair ? first + e.down.panel_bytes : nullptr,
+                        p + 2 < args.last_panel, &e.down, &args.inter, args.count, args.scratch};
+    const auto add = [&](size_t token, size_t panel, F32 x) {
+      if (e.has_bias) x = Add(x, LoadBias(args.expert, e.DownBias(), panel));
       float* target =
-          args.out + static_cast<size_t>(args.tokens[first + m]) * args.out_stride + panel * kPanel;
-      MulAdd(out[m], F32::Set(args.weights[first + m]), F32::Load(target)).Store(target);
-    }
-  });
+          args.out + (panel * args.out_tokens + static_cast<size_t>(args.tokens[token])) * kPanel;
+      MulAdd(x, F32::Set(args.weights[token]), F32::Load(target)).Store(target);
+    };
+    MultiplyPair<Product>(pair, row, [&](size_t at, auto size, auto& left, auto& right) {
+      constexpr int M = decltype(size)::kValue;
+      for (int m = 0; m < M; ++m) {
+        add(at + static_cast<size_t>(m), p, left[m]);
+        if (is_pair) add(at + static_cast<size_t>(m), p + 1, right[m]);
+      }
+    });
+  }
 }
 
 void GateUp(const GateUpArgs& args) {
-  VisitProduct(args.layout->up, args.hidden.precision, [&](auto product) {
-    for (size_t p = args.first_panel; p < args.last_panel; ++p)
-      GateUpPanel<decltype(product)>(args, p);
-  });
+  VisitProduct(args.layout->up, args.hidden.precision,
+               [&](auto product) { GateUpPanels<decltype(product)>(args); });
 }
 
 void Down(const DownArgs& args) {
-  VisitProduct(args.layout->down, args.inter.precision, [&](auto product) {
-    for (size_t p = args.first_panel; p < args.last_panel; ++p)
-      DownPanel<decltype(product)>(args, p);
-  });
+  VisitProduct(args.layout->down, args.inter.precision,
+               [&](auto product) { DownPanels<decltype(product)>(args); });
 }
 
 }  // namespace

@@ -18,22 +18,26 @@ void Grow(std::vector<T>& buffer, size_t n) {
   if (buffer.size() < n) buffer.resize(n);
 }
 
+// Half of a common L2 cache.
+constexpr size_t kOutBytesPerChunk = 512 << 10;
+
+// What a pair of panels costs: with few tokens, reading it.
+size_t UnitCost(size_t tokens) { return std::max<size_t>(tokens, 6); }
+
+// A buffer of this thread's own, which only grows.
+uint8_t* ThreadScratch(size_t bytes) {
+  thread_local std::vector<uint8_t> buffer;
+  Grow(buffer, bytes + kRowBytes);
+  return Aligned(buffer);
+}
+
 }  // namespace
 
 ForwardJob::ForwardJob(ExpertLayer& layer, const ForwardArgs& args)
     : layer_(layer), args_(args), scratch_pool_(layer.scratch_), scratch_(scratch_pool_->Take()) {
   GroupPairs();
   SizeScratch();
-  const ExpertLayout& e = layer_.layout_;
-  units_[0] = args_.tokens;
-  units_[1] = active_.size() * e.up.panels;
-  units_[2] = tokens_.size();
-  units_[3] = args_.tokens ? e.down.panels : 0;
-  // Contiguous chunks, so that a thread reads one long stream of weights; a few per thread, so that
-  // experts with many tokens do not make the others wait.
-  const size_t wanted = layer_.pool_->threads() == 1 ? 1 : layer_.pool_->threads() * 4;
-  for (size_t i = 0; i < 4; ++i)
-    per_chunk_[i] = std::max<size_t>(1, (units_[i] + wanted - 1) / wanted);
+  CutIntoChunks();
 }
 
 ForwardJob::~ForwardJob() { scratch_pool_->Give(std::move(scratch_)); }
@@ -41,47 +45,86 @@ ForwardJob::~ForwardJob() { scratch_pool_->Give(std::move(scratch_)); }
 // Counting sort of the pairs by expert; within an expert, tokens stay in order.
 void ForwardJob::GroupPairs() {
   const size_t experts = layer_.spec_.num_experts, pairs = args_.tokens * args_.top_k;
-  std::vector<size_t> start(experts + 1, 0);
+  std::vector<size_t>& start = scratch_->start;
+  start.assign(experts + 1, 0);
+  scratch_->active.clear();
   for (size_t i = 0; i < pairs; ++i)
     if (args_.expert_ids[i] >= 0) ++start[static_cast<size_t>(args_.expert_ids[i]) + 1];
   for (size_t e = 0; e < experts; ++e) {
-    if (start[e + 1] > 0) active_.push_back({e, start[e], start[e + 1]});
+    if (start[e + 1] > 0) scratch_->active.push_back({e, start[e], start[e + 1], 0});
     start[e + 1] += start[e];
   }
-  tokens_.resize(start[experts]);
-  weights_.resize(start[experts]);
+  scratch_->tokens.resize(start[experts]);
+  scratch_->weights.resize(start[experts]);
   for (size_t i = 0; i < pairs; ++i) {
     if (args_.expert_ids[i] < 0) continue;
     const size_t at = start[static_cast<size_t>(args_.expert_ids[i])]++;
-    tokens_[at] = static_cast<int32_t>(i / args_.top_k);
-    weights_[at] = args_.weights[i];
+    scratch_->tokens[at] = static_cast<int32_t>(i / args_.top_k);
+    scratch_->weights[at] = args_.weights[i];
   }
 }
 
 void ForwardJob::SizeScratch() {
   const ExpertLayout& e = layer_.layout_;
-  hidden_rows_ = MakeActivationRows(args_.precision, e.up);
-  inter_rows_ = MakeActivationRows(args_.precision, e.down);
+  const size_t pairs = scratch_->tokens.size();
+  hidden_rows_ = MakeActivationRows(args_.precision, e.up, kHiddenGroup);
+  inter_rows_ = MakeActivationRows(args_.precision, e.down, kInterGroup);
   inter_stride_ = e.up.panels * kPanel;
-  out_stride_ = e.down.panels * kPanel;
   Grow(scratch_->hidden, args_.tokens * hidden_rows_.row_bytes + kRowBytes);
-  Grow(scratch_->inter_rows, tokens_.size() * inter_rows_.row_bytes + kRowBytes);
-  Grow(scratch_->inter, tokens_.size() * inter_stride_);
-  Grow(scratch_->out, args_.tokens * out_stride_);
+  Grow(scratch_->inter_rows, pairs * inter_rows_.row_bytes + kRowBytes);
+  Grow(scratch_->inter, pairs * inter_stride_);
+  Grow(scratch_->out, args_.tokens * e.down.panels * kPanel);
   hidden_rows_.data = Aligned(scratch_->hidden);
   inter_rows_.data = Aligned(scratch_->inter_rows);
 }
 
-size_t ForwardJob::Chunks(size_t phase) const {
-  return (units_[phase] + per_chunk_[phase] - 1) / per_chunk_[phase];
+// Contiguous chunks, so that a thread reads one long stream of weights; several per thread, so that
+// nobody waits long for the last one.
+void ForwardJob::CutIntoChunks() {
+  const ExpertLayout& e = layer_.layout_;
+  const size_t threads = layer_.pool_->threads();
+  gate_up_units_ = e.has_gate ? e.up.panels : (e.up.panels + 1) / 2;
+  gate_up_cost_ = 0;
+  for (Scratch::ActiveExpert& active : scratch_->active) {
+    active.cost = gate_up_cost_;
+    gate_up_cost_ += gate_up_units_ * UnitCost(active.count);
+  }
+  units_[0] = args_.tokens;
+  units_[1] = scratch_->active.size() * gate_up_units_;
+  units_[2] = scratch_->tokens.size();
+  units_[3] = args_.tokens ? (e.down.panels + 1) / 2 : 0;
+  for (size_t i = 0; i < 4; ++i) {
+    const size_t wanted = threads == 1 ? 1 : threads * (i == 1 ? 8 : 4);
+    per_chunk_[i] = std::max<size_t>(1, (units_[i] + wanted - 1) / wanted);
+  }
+  // All experts add to the same panels of the output: they should stay in the L2 cache meanwhile.
+  const size_t pair_bytes = 2 * args_.tokens * kPanel * sizeof(float);
+  per_chunk_[3] =
+      std::min(per_chunk_[3], std::max<size_t>(1, kOutBytesPerChunk / std::max<size_t>(1, pair_bytes)));
+  for (size_t i = 0; i < 4; ++i) chunks_[i] = (units_[i] + per_chunk_[i] - 1) / per_chunk_[i];
 }
 
+// Where the chunk begins among the units (active expert, pair of panels): chunks cost about the
+// same, however unevenly tokens are spread over experts.
+size_t ForwardJob::GateUpUnit(size_t chunk) const {
+  if (chunk == chunks_[1]) return units_[1];
+  const size_t cost = gate_up_cost_ * chunk / chunks_[1];
+  const auto& active = scratch_->active;
+  const auto after = std::upper_bound(active.begin(), active.end(), cost,
+                                      [](size_t c, const auto& a) { return c < a.cost; });
+  const auto at = after - 1;
+  return static_cast<size_t>(at - active.begin()) * gate_up_units_ +
+         (cost - at->cost) / UnitCost(at->count);
+}
+
+size_t ForwardJob::Chunks(size_t phase) const { return chunks_[phase]; }
+
 void ForwardJob::Run(size_t phase, size_t chunk) noexcept {
+  if (phase == 1) return GateUp(GateUpUnit(chunk), GateUpUnit(chunk + 1));
   const size_t first = chunk * per_chunk_[phase];
   const size_t last = std::min(first + per_chunk_[phase], units_[phase]);
   switch (phase) {
     case 0: return PrepareHidden(first, last);
-    case 1: return GateUp(first, last);
     case 2: return PrepareInter(first, last);
     default: return Down(first, last);
   }
@@ -91,22 +134,23 @@ void ForwardJob::PrepareHidden(size_t first, size_t last) noexcept {
   const size_t hidden = layer_.spec_.hidden_size;
   layer_.kernels_.prepare(
       {args_.hidden, args_.type, hidden, first, last, &layer_.layout_.up, hidden_rows_});
-  std::memset(scratch_->out.data() + first * out_stride_, 0,
-              (last - first) * out_stride_ * sizeof(float));
 }
 
-// Units are (active expert, panel), experts first: a chunk may span several experts.
+// A chunk may span several experts.
 void ForwardJob::GateUp(size_t first, size_t last) noexcept {
-  const size_t panels = layer_.layout_.up.panels;
+  const ExpertLayout& e = layer_.layout_;
+  const size_t panels_per_unit = e.has_gate ? 1 : 2;
+  uint8_t* unpacked = ThreadScratch(UnpackScratchBytes(args_.precision, e.up));
   while (first < last) {
-    const ActiveExpert& active = active_[first / panels];
-    const size_t panel = first % panels;
-    const size_t end = std::min(panels, panel + (last - first));
-    layer_.kernels_.gate_up({layer_.memory_.At(active.expert), &layer_.layout_, hidden_rows_,
-                             tokens_.data() + active.first, active.count, layer_.spec_.activation,
-                             scratch_->inter.data() + active.first * inter_stride_, inter_stride_,
-                             panel, end});
-    first += end - panel;
+    const Scratch::ActiveExpert& active = scratch_->active[first / gate_up_units_];
+    const size_t unit = first % gate_up_units_;
+    const size_t end = std::min(gate_up_units_, unit + (last - first));
+    layer_.kernels_.gate_up(
+        {layer_.memory_.At(active.expert), &e, hidden_rows_, scratch_->tokens.data() + active.first,
+         active.count, layer_.spec_.activation,
+         scratch_->inter.data() + active.first * inter_stride_, inter_stride_,
+         unit * panels_per_unit, std::min(end * panels_per_unit, e.up.panels), unpacked});
+    first += end - unit;
   }
 }
 
@@ -115,32 +159,37 @@ void ForwardJob::PrepareInter(size_t first, size_t last) noexcept {
                            &layer_.layout_.down, inter_rows_});
 }
 
-// Every thread owns some output panels and adds all experts to them, in ascending order: no races,
-// and the same sums whatever the number of threads.
+// Every thread owns some pairs of output panels and adds all experts to them, in ascending order:
+// no races, and the same sums whatever the number of threads.
 void ForwardJob::Down(size_t first, size_t last) noexcept {
-  for (const ActiveExpert& active : active_) {
+  const ExpertLayout& e = layer_.layout_;
+  const size_t first_panel = first * 2, last_panel = std::min(last * 2, e.down.panels);
+  uint8_t* unpacked = ThreadScratch(UnpackScratchBytes(args_.precision, e.down));
+  std::memset(scratch_->out.data() + first_panel * args_.tokens * kPanel, 0,
+              (last_panel - first_panel) * args_.tokens * kPanel * sizeof(float));
+  for (const Scratch::ActiveExpert& active : scratch_->active) {
     ActivationRows rows = inter_rows_;
     rows.data += active.first * rows.row_bytes;
-    layer_.kernels_.down({layer_.memory_.At(active.expert), &layer_.layout_, rows,
-                          tokens_.data() + active.first, weights_.data() + active.first,
-                          active.count, scratch_->out.data(), out_stride_, first, last});
+    layer_.kernels_.down({layer_.memory_.At(active.expert), &e, rows,
+                          scratch_->tokens.data() + active.first,
+                          scratch_->weights.data() + active.first, active.count,
+                          scratch_->out.data(), args_.tokens, first_panel, last_panel, unpacked});
   }
-  StoreOut(first, last);
+  StoreOut(first_panel, last_panel);
 }
 
+// From [panels, tokens, 16] to [tokens, hidden].
 void ForwardJob::StoreOut(size_t first_panel, size_t last_panel) noexcept {
   const size_t hidden = layer_.spec_.hidden_size;
-  const size_t begin = first_panel * kPanel, end = std::min(last_panel * kPanel, hidden);
-  for (size_t t = 0; t < args_.tokens; ++t) {
-    const float* from = scratch_->out.data() + t * out_stride_;
-    if (args_.type == DType::kFloat32) {
-      std::memcpy(static_cast<float*>(args_.out) + t * hidden + begin, from + begin,
-                  (end - begin) * sizeof(float));
-    } else {
-      uint16_t* to = static_cast<uint16_t*>(args_.out) + t * hidden;
-      for (size_t h = begin; h < end; ++h) to[h] = ToBf16(from[h]);
+  for (size_t t = 0; t < args_.tokens; ++t)
+    for (size_t p = first_panel; p < last_panel; ++p) {
+      const float* from = scratch_->out.data() + (p * args_.tokens + t) * kPanel;
+      const size_t at = t * hidden + p * kPanel, n = std::min(kPanel, hidden - p * kPanel);
+      if (args_.type == DType::kFloat32)
+        std::memcpy(static_cast<float*>(args_.out) + at, from, n * sizeof(float));
+      else
+        for (size_t i = 0; i < n; ++i) static_cast<uint16_t*>(args_.out)[at + i] = ToBf16(from[i]);
     }
-  }
 }
 
 }  // namespace kt

@@ -15,13 +15,10 @@ class ForwardJob : public Job {
   void Run(size_t phase, size_t chunk) noexcept override;
 
  private:
-  // The pairs of one expert: tokens_[first .. first + count), and rows of the intermediate buffer.
-  struct ActiveExpert {
-    size_t expert, first, count;
-  };
-
   void GroupPairs();
   void SizeScratch();
+  void CutIntoChunks();
+  size_t GateUpUnit(size_t chunk) const;
   void PrepareHidden(size_t first, size_t last) noexcept;
   void GateUp(size_t first, size_t last) noexcept;
   void PrepareInter(size_t first, size_t last) noexcept;
@@ -33,12 +30,10 @@ class ForwardJob : public Job {
   // Of its own: a worker may be the last to let go of a job, after the layer is gone.
   std::shared_ptr<ScratchPool> scratch_pool_;
   std::unique_ptr<Scratch> scratch_;
-  std::vector<ActiveExpert> active_;
-  std::vector<int32_t> tokens_;  // of each pair, experts in ascending order
-  std::vector<float> weights_;   // of each pair
   ActivationRows hidden_rows_, inter_rows_;
-  size_t inter_stride_, out_stride_;
-  size_t units_[4], per_chunk_[4];  // of each phase
+  size_t inter_stride_;
+  size_t gate_up_units_, gate_up_cost_;  // of one expert; of all
+  size_t units_[4], per_chunk_[4], chunks_[4];  // of each phase; per_chunk_[1] is not used
 };
 
 }  // namespace kt

@@ -24,8 +24,8 @@ inline void LoadInputs(const PrepareArgs& args, size_t row, size_t first, size_t
   }
 }
 
-// values = round(x / scale), scale = max|x| / 127, over n inputs, a multiple of 16.
-inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale, int32_t* sum) {
+// values = round(x / scale), scale = max|x| / 127, over one group, a multiple of 16.
+inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale) {
   F32 peak = F32::Set(0.0f), poison = F32::Set(0.0f);
   for (size_t i = 0; i < n; i += 16) {
     const F32 v = F32::Load(x + i);
@@ -36,20 +36,16 @@ inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale
   // 127 / largest overflows for the smallest numbers: such a group counts as zero.
   const bool is_zero = !(largest >= 1e-35f);
   const F32 inverse = F32::Set(is_zero ? 0.0f : 127.0f / largest);
-  I32 total = I32::Set(0);
   for (size_t i = 0; i < n; i += 16) {
     // In this order of operands NaN becomes 127: it has no integer, and `poison` carries it.
     const F32 v = Mul(F32::Load(x + i), inverse);
-    const I32 q = ToI32(Max(F32::Set(-127.0f), Min(v, F32::Set(127.0f))));
-    q.StoreI8(values + i);
-    total = Add(total, q);
+    ToI32(Max(F32::Set(-127.0f), Min(v, F32::Set(127.0f)))).StoreI8(values + i);
   }
   *scale = (is_zero ? 0.0f : largest / 127.0f) + ReduceAdd(poison);
-  *sum = ReduceAdd(total);
 }
 
 // What the dot products add to each weight; 1 where zeros are stored with the weights, by which
-// PanelInt8 then multiplies.
+// MultiplyInt8 then multiplies.
 inline int32_t FormatZero(const MatrixLayout& weights) {
   if (weights.has_zero_point) return 1;
   return weights.element == Element::kInt8 ? Int8::kDotZero : Int4<false>::kDotZero;
@@ -58,25 +54,29 @@ inline int32_t FormatZero(const MatrixLayout& weights) {
 void Prepare(const PrepareArgs& args) {
   const ActivationRows& rows = args.rows;
   const int32_t zero = FormatZero(*args.weights);
-  float block[kActivationGroup];  // no group is larger
+  float block[kHiddenGroup];
+  static_assert(kInterGroup <= kHiddenGroup && kColumnPad % kHiddenGroup == 0);
   for (size_t r = args.first_row; r < args.last_row; ++r) {
     uint8_t* row = rows.data + r * rows.row_bytes;
     float* scales = reinterpret_cast<float*>(row + rows.scale_offset);
     int32_t* corrections = reinterpret_cast<int32_t*>(row + rows.correction_offset);
-    for (size_t g = 0; g < rows.groups; ++g) {
-      const size_t first = g * rows.group, n = GroupSize(rows, g);
+    for (size_t first = 0; first < rows.padded_cols; first += rows.group) {
       if (rows.precision == Precision::kFloat32) {
-        LoadInputs(args, r, first, n, reinterpret_cast<float*>(row) + first);
+        LoadInputs(args, r, first, rows.group, reinterpret_cast<float*>(row) + first);
         continue;
       }
-      LoadInputs(args, r, first, n, block);
+      LoadInputs(args, r, first, rows.group, block);
       if (rows.precision == Precision::kBf16) {
         uint16_t* values = reinterpret_cast<uint16_t*>(row) + first;
-        for (size_t i = 0; i < n; ++i) values[i] = ToBf16(block[i]);
-      } else {
-        int32_t sum;
-        QuantizeGroup(block, n, reinterpret_cast<int8_t*>(row) + first, scales + g, &sum);
-        corrections[g] = -zero * sum;
+        for (size_t i = 0; i < rows.group; ++i) values[i] = ToBf16(block[i]);
+        continue;
+      }
+      int8_t* values = reinterpret_cast<int8_t*>(row) + first;
+      QuantizeGroup(block, rows.group, values, scales++);
+      for (const int8_t* end = values + rows.group; values < end; values += rows.step) {
+        int32_t sum = 0;
+        for (size_t i = 0; i < rows.step; ++i) sum += values[i];
+        *corrections++ = -zero * sum;
       }
     }
   }

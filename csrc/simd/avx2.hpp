@@ -8,7 +8,8 @@
 namespace kt::KT_ISA {
 namespace {
 
-constexpr int kTokenBlock = 4;
+constexpr int kTokenBlock = 3;
+constexpr int kPanelBlock = 1;
 constexpr int kInt8Offset = 0;
 
 struct F32 {
@@ -38,6 +39,10 @@ struct I32 {
   static I32 LoadU8(const uint8_t* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepu8_epi32(raw), _mm256_cvtepu8_epi32(_mm_srli_si128(raw, 8))};
+  }
+  void Store(void* p) const {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), lo);
+    _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, hi);
   }
   void StoreI8(int8_t* p) const {
     // packs works within 128-bit halves: put the four quarters back in order afterwards.
@@ -81,6 +86,9 @@ inline float ReduceAdd(F32 a) {
 inline I32 Add(I32 a, I32 b) {
   return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
+inline I32 Sub(I32 a, I32 b) {
+  return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
 inline I32 Mul(I32 a, I32 b) {
   return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
 }
@@ -103,6 +111,10 @@ inline int32_t ReduceAdd(I32 a) {
 inline F32 ToF32(I32 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline I32 ToI32(F32 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 inline F32 AsF32(I32 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+
+inline I32 AsI32(F32 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+
+inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 inline int32_t FourBytes(const void* p) {
   int32_t x;

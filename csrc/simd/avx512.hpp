@@ -9,7 +9,9 @@
 namespace kt::KT_ISA {
 namespace {
 
-constexpr int kTokenBlock = 8;
+// 12 sums, 12 dot products under way, 2 rows of weights: 26 of 32 registers.
+constexpr int kTokenBlock = 6;
+constexpr int kPanelBlock = 2;
 #ifdef __AVX512VNNI__
 constexpr int kInt8Offset = 128;  // vpdpbusd multiplies unsigned by signed: weights become w + 128
 #else
@@ -34,6 +36,7 @@ struct I32 {
   static I32 LoadU8(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
+  void Store(void* p) const { _mm512_storeu_si512(p, v); }
   void StoreI8(int8_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
   }
@@ -54,6 +57,7 @@ inline float ReduceMax(F32 a) { return _mm512_reduce_max_ps(a.v); }
 inline float ReduceAdd(F32 a) { return _mm512_reduce_add_ps(a.v); }
 
 inline I32 Add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I32 Sub(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I32 Mul(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I32 And(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I32 Xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
@@ -65,6 +69,10 @@ inline int32_t ReduceAdd(I32 a) { return _mm512_reduce_add_epi32(a.v); }
 inline F32 ToF32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 ToI32(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline F32 AsF32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+inline I32 AsI32(F32 a) { return {_mm512_castps_si512(a.v)}; }
+
+inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 inline __m512i Broadcast4(const void* p) {
   int32_t x;

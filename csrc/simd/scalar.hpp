@@ -10,6 +10,7 @@ namespace kt::KT_ISA {
 namespace {
 
 constexpr int kTokenBlock = 2;  // tokens that share one pass over a panel
+constexpr int kPanelBlock = 1;  // panels that share one pass over the tokens: 1 or 2
 constexpr int kInt8Offset = 0;  // DotI8 multiplies by (weight + kInt8Offset)
 
 struct I32;
@@ -54,6 +55,7 @@ struct I32 {
     for (int i = 0; i < 16; ++i) r.v[i] = p[i];
     return r;
   }
+  void Store(void* p) const { memcpy(p, v, sizeof v); }
   // Lanes must be within -128..127.
   void StoreI8(int8_t* p) const {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v[i]);
@@ -89,6 +91,7 @@ inline float ReduceAdd(F32 a) {
 }
 
 inline I32 Add(I32 a, I32 b) { KT_LANES(I32, a.v[i] + b.v[i]); }
+inline I32 Sub(I32 a, I32 b) { KT_LANES(I32, a.v[i] - b.v[i]); }
 inline I32 Mul(I32 a, I32 b) { KT_LANES(I32, a.v[i] * b.v[i]); }
 inline I32 And(I32 a, I32 b) { KT_LANES(I32, a.v[i] & b.v[i]); }
 inline I32 Xor(I32 a, I32 b) { KT_LANES(I32, a.v[i] ^ b.v[i]); }
@@ -113,7 +116,17 @@ inline F32 AsF32(I32 a) {
   memcpy(r.v, a.v, sizeof r.v);
   return r;
 }
+inline I32 AsI32(F32 a) {
+  I32 r;
+  memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
 #undef KT_LANES
+
+// bfloat16 `even` in the low and `odd` in the high half of each lane; both must be exact.
+inline I32 Bf16Pair(F32 even, F32 odd) {
+  return Xor(Shr(AsI32(even), 16), AsI32(odd));
+}
 
 // acc[n] += sum_{j<4} w[n][j] * a[j] over int8; `a` points at 4 bytes.
 inline I32 DotI8(I32 acc, I32 w, const void* a) {

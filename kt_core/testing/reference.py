@@ -21,7 +21,9 @@ UNIT_ROUNDOFF = 2.0**-24
 BF16_ROUNDOFF = 2.0**-8
 F16_ROUNDOFF = 2.0**-11
 F16_SMALLEST_HALF_STEP = 2.0**-25  # float16 has subnormals where results are small
-ACTIVATION_GROUP = 128  # inputs per int8 scale where the weights have no groups
+# Inputs that share a scale of the int8 activations: of the hidden states, and of what stands
+# between up and down. See ActivationPrecision.INT8.
+HIDDEN_GROUP, INTERMEDIATE_GROUP = 64, 32
 
 
 @dataclass
@@ -29,7 +31,6 @@ class Layer:
     """Dequantised experts in float64 with what the kernels know about them."""
 
     spec: MoeSpec
-    group_size: int
     experts: Mapping[int, dict[str, torch.Tensor]]
 
 
@@ -73,8 +74,7 @@ def layer(
             bias = getattr(weights, name)
             if bias is not None:
                 parts[index][name] = bias.float().double()
-    group_size = weight_format.descriptor.group_size or ACTIVATION_GROUP
-    return Layer(spec, group_size, parts)
+    return Layer(spec, parts)
 
 
 def forward(
@@ -137,7 +137,8 @@ def _expert(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     activation = layer.spec.activation
     exact = x.float()
-    rounded, _ = _rounded(exact, torch.zeros_like(exact, dtype=torch.float64), layer, precision)
+    no_error = torch.zeros_like(exact, dtype=torch.float64)
+    rounded, _ = _rounded(exact, no_error, HIDDEN_GROUP, precision)
     up, up_error = _linear(rounded, 0.0, expert["up"], expert.get("up_bias"))
     gate, gate_error = up, up_error
     if activation.is_gated:
@@ -153,7 +154,7 @@ def _expert(
     other = up.abs() + 1 if activation.is_gated else 1.0
     squared = gate.abs() * (gate.abs() + 1)
     error = error + 16 * UNIT_ROUNDOFF * (inner.abs() + squared.sqrt() * gate.abs().sqrt() * other)
-    rounded_inner, inner_error = _rounded(inner.float(), error, layer, precision)
+    rounded_inner, inner_error = _rounded(inner.float(), error, INTERMEDIATE_GROUP, precision)
     return _linear(rounded_inner, inner_error, expert["down"], expert.get("down_bias"))
 
 
@@ -173,7 +174,7 @@ def _linear(
 
 
 def _rounded(
-    x: torch.Tensor, error: torch.Tensor, layer: Layer, precision: ActivationPrecision
+    x: torch.Tensor, error: torch.Tensor, group_size: int, precision: ActivationPrecision
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations as the kernel multiplies them, and their error given the error of ``x``.
 
@@ -188,7 +189,7 @@ def _rounded(
             high = (x.double() + 2 * error).float().bfloat16().double()
             return near, torch.maximum((near - low).abs(), (high - near).abs())
         case ActivationPrecision.INT8:
-            return _int8(x, error, layer.group_size)
+            return _int8(x, error, group_size)
     raise AssertionError(precision)
 
 

@@ -100,8 +100,7 @@ class ReferenceKernel(ExpertKernel):
         return FinishedTicket(out.to(hidden.dtype))
 
     def _layer(self) -> reference.Layer:
-        group_size = self.weight_format.group_size or reference.ACTIVATION_GROUP
-        return reference.Layer(self.spec, group_size, self._experts)
+        return reference.Layer(self.spec, self._experts)
 
 
 class ExactKernel(ReferenceKernel):
