@@ -32,7 +32,8 @@ struct ExpertSource {
 
 // Buffers of one call, kept from call to call so that a decode step allocates nothing.
 struct Scratch {
-  // The pairs of one expert: `count` of them from the first on, and rows of the intermediate buffer.
+  // The pairs of one expert: `count` of them from the first on, and rows of the intermediate
+  // buffer.
   struct ActiveExpert {
     size_t expert, first, count;
     size_t cost;  // of all experts before it, in the unit of ForwardJob::GateUpCost

@@ -17,15 +17,20 @@ inline void GateUpPanels(const GateUpArgs& args) {
   for (size_t p = args.first_panel; p < args.last_panel; p += stride) {
     const bool is_pair = e.has_gate || p + 1 < args.last_panel;
     const uint8_t* first = args.expert + (e.has_gate ? e.GatePanel(p) : e.UpPanel(p));
-    const PairArgs pair{first, is_pair ? first + e.up.panel_bytes : nullptr,
-                        p + stride < args.last_panel, &e.up, &args.hidden, args.count,
+    const PairArgs pair{first,
+                        is_pair ? first + e.up.panel_bytes : nullptr,
+                        p + stride < args.last_panel,
+                        &e.up,
+                        &args.hidden,
+                        args.count,
                         args.scratch};
     MultiplyPair<Product>(pair, row, [&](size_t at, auto size, auto& left, auto& right) {
       constexpr int M = decltype(size)::kValue;
       for (int m = 0; m < M; ++m) {
         float* target = args.inter + (at + static_cast<size_t>(m)) * args.inter_stride + p * kPanel;
         F32 x = left[m], y = right[m];
-        if (e.has_bias) x = Add(x, LoadBias(args.expert, e.has_gate ? e.GateBias() : e.UpBias(), p));
+        if (e.has_bias)
+          x = Add(x, LoadBias(args.expert, e.has_gate ? e.GateBias() : e.UpBias(), p));
         if (e.has_gate) {
           if (e.has_bias) y = Add(y, LoadBias(args.expert, e.UpBias(), p));
           Activate(args.activation, x, y).Store(target);
@@ -47,8 +52,13 @@ inline void DownPanels(const DownArgs& args) {
   for (size_t p = args.first_panel; p < args.last_panel; p += 2) {
     const bool is_pair = p + 1 < args.last_panel;
     const uint8_t* first = args.expert + e.DownPanel(p);
-    const PairArgs pair{first,  is_pair ? first + e.down.panel_bytes : nullptr,
-                        p + 2 < args.last_panel, &e.down, &args.inter, args.count, args.scratch};
+    const PairArgs pair{first,
+                        is_pair ? first + e.down.panel_bytes : nullptr,
+                        p + 2 < args.last_panel,
+                        &e.down,
+                        &args.inter,
+                        args.count,
+                        args.scratch};
     const auto add = [&](size_t token, size_t panel, F32 x) {
       if (e.has_bias) x = Add(x, LoadBias(args.expert, e.DownBias(), panel));
       float* target =
@@ -66,12 +76,12 @@ inline void DownPanels(const DownArgs& args) {
 }
 
 void GateUp(const GateUpArgs& args) {
-  VisitProduct(args.layout->up, args.hidden.precision,
+  VisitProduct(args.layout->up, args.hidden,
                [&](auto product) { GateUpPanels<decltype(product)>(args); });
 }
 
 void Down(const DownArgs& args) {
-  VisitProduct(args.layout->down, args.inter.precision,
+  VisitProduct(args.layout->down, args.inter,
                [&](auto product) { DownPanels<decltype(product)>(args); });
 }
 

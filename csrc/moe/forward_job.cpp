@@ -99,8 +99,8 @@ void ForwardJob::CutIntoChunks() {
   }
   // All experts add to the same panels of the output: they should stay in the L2 cache meanwhile.
   const size_t pair_bytes = 2 * args_.tokens * kPanel * sizeof(float);
-  per_chunk_[3] =
-      std::min(per_chunk_[3], std::max<size_t>(1, kOutBytesPerChunk / std::max<size_t>(1, pair_bytes)));
+  per_chunk_[3] = std::min(
+      per_chunk_[3], std::max<size_t>(1, kOutBytesPerChunk / std::max<size_t>(1, pair_bytes)));
   for (size_t i = 0; i < 4; ++i) chunks_[i] = (units_[i] + per_chunk_[i] - 1) / per_chunk_[i];
 }
 

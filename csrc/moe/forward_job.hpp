@@ -32,7 +32,7 @@ class ForwardJob : public Job {
   std::unique_ptr<Scratch> scratch_;
   ActivationRows hidden_rows_, inter_rows_;
   size_t inter_stride_;
-  size_t gate_up_units_, gate_up_cost_;  // of one expert; of all
+  size_t gate_up_units_, gate_up_cost_;         // of one expert; of all
   size_t units_[4], per_chunk_[4], chunks_[4];  // of each phase; per_chunk_[1] is not used
 };
 

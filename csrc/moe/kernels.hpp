@@ -60,10 +60,10 @@ KT_INLINE ActivationRows MakeActivationRows(Precision precision, const MatrixLay
                                                               : 1;
   a.scale_offset = a.padded_cols * value_bytes;
   a.correction_offset = a.scale_offset + a.padded_cols / group * 4;
-  a.row_bytes = RoundUp(precision == Precision::kInt8
-                            ? a.correction_offset + a.padded_cols / a.step * 4
-                            : a.scale_offset,
-                        kRowBytes);
+  a.row_bytes =
+      RoundUp(precision == Precision::kInt8 ? a.correction_offset + a.padded_cols / a.step * 4
+                                            : a.scale_offset,
+              kRowBytes);
   return a;
 }
 

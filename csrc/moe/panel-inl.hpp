@@ -6,7 +6,7 @@ namespace {
 
 // How one weight format meets one precision of the activations: `Multiply` over packed rows or over
 // rows that `Unpack` wrote. kUnpacks: the two differ.
-template <class Format>
+template <class Format, bool kGrouped, int kStep>
 struct Int8Product {
   static constexpr bool kUnpacks = !Format::kIsInt8Operand;
   static constexpr int kPanels = kPanelBlock;
@@ -24,8 +24,9 @@ struct Int8Product {
   template <bool kPacked, int M, int N>
   static void Multiply(const Panels<N>& w, const MatrixLayout& layout, const ActivationRows& rows,
                        const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][N]) {
-    if constexpr (kPacked) MultiplyInt8<Format, Format>(w, layout, rows, a, prefetch, out);
-    else MultiplyInt8<Format, Int8Rows<Format>>(w, layout, rows, a, prefetch, out);
+    if constexpr (kPacked)
+      MultiplyInt8<Format, Format, kGrouped, kStep>(w, layout, rows, a, prefetch, out);
+    else MultiplyInt8<Format, Int8Rows<Format>, kGrouped, kStep>(w, layout, rows, a, prefetch, out);
   }
 };
 
@@ -70,27 +71,31 @@ struct F32Product {
 };
 
 template <class Format, class Visitor>
-inline void VisitInteger(Precision precision, const Visitor& visitor) {
-  switch (precision) {
-    case Precision::kInt8: return visitor(Int8Product<Format>{});
-    case Precision::kBf16: return visitor(Bf16Product<Format>{});
-    case Precision::kFloat32: return visitor(F32Product<Format>{});
-  }
+inline void VisitInteger(const MatrixLayout& layout, const ActivationRows& rows,
+                         const Visitor& visitor) {
+  if (rows.precision == Precision::kBf16) return visitor(Bf16Product<Format>{});
+  if (rows.precision == Precision::kFloat32) return visitor(F32Product<Format>{});
+  if (layout.group == 0)
+    return rows.step == 64 ? visitor(Int8Product<Format, false, 64>{})
+                           : visitor(Int8Product<Format, false, 32>{});
+  return rows.step == 64 ? visitor(Int8Product<Format, true, 64>{})
+                         : visitor(Int8Product<Format, true, 32>{});
 }
 
 // --8<-- [start:visit]
 // Calls visitor(Product{}) with the product for this format and precision. The choice is made once
 // per call of a kernel, outside every loop.
 template <class Visitor>
-inline void VisitProduct(const MatrixLayout& layout, Precision precision, const Visitor& visitor) {
+inline void VisitProduct(const MatrixLayout& layout, const ActivationRows& rows,
+                         const Visitor& visitor) {
   switch (layout.element) {
     case Element::kBf16:
-      return precision == Precision::kBf16 ? visitor(Bf16Product<Bf16>{})
-                                           : visitor(F32Product<Bf16>{});
-    case Element::kInt8: return VisitInteger<Int8>(precision, visitor);
+      return rows.precision == Precision::kBf16 ? visitor(Bf16Product<Bf16>{})
+                                                : visitor(F32Product<Bf16>{});
+    case Element::kInt8: return VisitInteger<Int8>(layout, rows, visitor);
     case Element::kInt4:
-      return layout.has_zero_point ? VisitInteger<Int4<true>>(precision, visitor)
-                                   : VisitInteger<Int4<false>>(precision, visitor);
+      return layout.has_zero_point ? VisitInteger<Int4<true>>(layout, rows, visitor)
+                                   : VisitInteger<Int4<false>>(layout, rows, visitor);
   }
 }
 // --8<-- [end:visit]
@@ -141,16 +146,17 @@ inline void MultiplyPair(const PairArgs& args, const Row& row, const Consume& co
       weights[0] = weights[1] = args.scratch;
       if (has_second) {
         weights[1] = args.scratch + kPanel * layout.padded_cols * Product::kUnpackedBytes;
-        Product::Unpack(args.second, layout, args.scratch + kPanel * layout.padded_cols *
-                                                                Product::kUnpackedBytes);
+        Product::Unpack(args.second, layout,
+                        args.scratch + kPanel * layout.padded_cols * Product::kUnpackedBytes);
       }
     }
   }
   Prefetch prefetch{args.first, 0};
   if (is_wide && args.has_next) {
-    const size_t steps = (args.count + kTokenBlock - 1) / kTokenBlock *
-                         (layout.padded_cols / args.rows->step);
-    prefetch = {args.first + 2 * layout.panel_bytes, 2 * layout.panel_bytes / kRowBytes / steps + 1};
+    const size_t steps =
+        (args.count + kTokenBlock - 1) / kTokenBlock * (layout.padded_cols / args.rows->step);
+    prefetch = {args.first + 2 * layout.panel_bytes,
+                2 * layout.panel_bytes / kRowBytes / steps + 1};
   }
   ForTokenBlocks<kTokenBlock>(args.count, [&](size_t first, auto size) {
     constexpr int M = decltype(size)::kValue;
@@ -162,8 +168,7 @@ inline void MultiplyPair(const PairArgs& args, const Row& row, const Consume& co
         F32 both[M][2];
         const Panels<2> w{{args.first, args.second}, {weights[0], weights[1]}};
         Product::template Multiply<!Product::kUnpacks>(w, layout, *args.rows, a, prefetch, both);
-        prefetch.at += prefetch.lines_per_step * kRowBytes *
-                       (layout.padded_cols / args.rows->step);
+        prefetch.at += prefetch.lines_per_step * kRowBytes * (layout.padded_cols / args.rows->step);
         for (int m = 0; m < M; ++m) left[m] = both[m][0], right[m] = both[m][1];
         return consume(first, size, left, right);
       }

@@ -124,9 +124,7 @@ inline I32 AsI32(F32 a) {
 #undef KT_LANES
 
 // bfloat16 `even` in the low and `odd` in the high half of each lane; both must be exact.
-inline I32 Bf16Pair(F32 even, F32 odd) {
-  return Xor(Shr(AsI32(even), 16), AsI32(odd));
-}
+inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 // acc[n] += sum_{j<4} w[n][j] * a[j] over int8; `a` points at 4 bytes.
 inline I32 DotI8(I32 acc, I32 w, const void* a) {

@@ -54,20 +54,20 @@ template <int M, int N>
 constexpr int kChains = M * N < 4 ? 2 : 1;
 
 // out[m][n] = sum over steps of scale * a_scale * dot, the dots in int32.
-template <class Format, class Rows, int M, int N>
+// kStep inputs share a scale: see ActivationRows.
+template <class Format, class Rows, bool kGrouped, int kStep, int M, int N>
 inline void MultiplyInt8(const Panels<N>& w, const MatrixLayout& layout, const ActivationRows& rows,
                          const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][N]) {
-  constexpr int kUnit = 16 / Rows::kValuesPerRow;  // rows of 16 inputs, the smallest step
+  constexpr int kRows = kStep / Rows::kValuesPerRow;
   constexpr int C = kChains<M, N>;
-  const size_t steps = rows.padded_cols / rows.step, step_bytes = rows.step * kRowBytes /
-                                                                  Rows::kValuesPerRow;
-  const int scale_shift = __builtin_ctzll(rows.group / rows.step);
-  const int group_shift = layout.group ? __builtin_ctzll(layout.group / rows.step) : 63;
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) out[m][n] = F32::Set(0.0f);
-  size_t at = 0, k = 0;
+  const size_t steps = rows.padded_cols / kStep;
+  const int scale_shift = __builtin_ctzll(rows.group / kStep);
+  const int group_shift = kGrouped ? __builtin_ctzll(layout.group / kStep) : 63;
+  F32 sums[M][N];  // not `out`: the compiler would store it in every step
+  for (auto& token : sums)
+    for (F32& sum : token) sum = F32::Set(0.0f);
   for (size_t s = 0; s < steps; ++s) {
-    const size_t group = s >> group_shift;
+    const size_t group = kGrouped ? s >> group_shift : 0;
     I32 acc[C][M][N];
     for (int m = 0; m < M; ++m) {
       const I32 start =
@@ -79,42 +79,42 @@ inline void MultiplyInt8(const Panels<N>& w, const MatrixLayout& layout, const A
       }
     }
     prefetch.Step();
-    for (const size_t end = at + step_bytes; at < end; at += kUnit * kRowBytes, k += 16) {
-      for (int u = 0; u < kUnit; ++u) {
-        I32 row[N];
-        for (int n = 0; n < N; ++n) {
-          const uint8_t* p = w.weights[n] + at + static_cast<size_t>(u) * kRowBytes;
-          row[n] = I32::Load(p);
-          if (N == 1) __builtin_prefetch(p + kStreamAhead, 0, 3);
-        }
-        for (int i = 0; i < Rows::kDotsPerRow; ++i) {
-          const int chain = (u * Rows::kDotsPerRow + i) % C;
-          const size_t first = k + static_cast<size_t>(u * Rows::kValuesPerRow + 4 * i);
-          I32 operand[N];
-          for (int n = 0; n < N; ++n) operand[n] = Rows::DotOperand(row[n], i);
-          for (int m = 0; m < M; ++m)
-            for (int n = 0; n < N; ++n)
-              acc[chain][m][n] = Rows::Dot(acc[chain][m][n], operand[n], a[m] + first);
-        }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      I32 row[N];
+      for (int n = 0; n < N; ++n) {
+        const uint8_t* p = w.weights[n] + (s * kRows + static_cast<size_t>(r)) * kRowBytes;
+        row[n] = I32::Load(p);
+        if (N == 1) __builtin_prefetch(p + kStreamAhead, 0, 3);
+      }
+      for (int i = 0; i < Rows::kDotsPerRow; ++i) {
+        const int chain = (r * Rows::kDotsPerRow + i) % C;
+        const size_t k = s * kStep + static_cast<size_t>(r * Rows::kValuesPerRow + 4 * i);
+        I32 operand[N];
+        for (int n = 0; n < N; ++n) operand[n] = Rows::DotOperand(row[n], i);
+        for (int m = 0; m < M; ++m)
+          for (int n = 0; n < N; ++n)
+            acc[chain][m][n] = Rows::Dot(acc[chain][m][n], operand[n], a[m] + k);
       }
     }
     F32 scale[N];
-    for (int n = 0; n < N; ++n)
-      scale[n] = layout.group ? LoadScale(w.header[n], layout, group) : F32::Set(1.0f);
+    if (kGrouped)
+      for (int n = 0; n < N; ++n) scale[n] = LoadScale(w.header[n], layout, group);
     for (int m = 0; m < M; ++m) {
       const F32 a_scale =
           F32::Set(reinterpret_cast<const float*>(a[m] + rows.scale_offset)[s >> scale_shift]);
       for (int n = 0; n < N; ++n) {
-        const I32 sum = C > 1 ? Add(acc[0][m][n], acc[C - 1][m][n]) : acc[0][m][n];
+        const I32 dot = C > 1 ? Add(acc[0][m][n], acc[C - 1][m][n]) : acc[0][m][n];
         // One scale for all inputs is applied once, below.
-        const F32 factor = layout.group ? Mul(scale[n], a_scale) : a_scale;
-        out[m][n] = MulAdd(ToF32(sum), factor, out[m][n]);
+        const F32 factor = kGrouped ? Mul(scale[n], a_scale) : a_scale;
+        sums[m][n] = MulAdd(ToF32(dot), factor, sums[m][n]);
       }
     }
   }
-  if (layout.group) return;
-  for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) out[m][n] = Mul(out[m][n], LoadScale(w.header[n], layout, 0));
+  for (int n = 0; n < N; ++n) {
+    const F32 scale = kGrouped ? F32::Set(1.0f) : LoadScale(w.header[n], layout, 0);
+    for (int m = 0; m < M; ++m) out[m][n] = kGrouped ? sums[m][n] : Mul(sums[m][n], scale);
+  }
 }
 
 // out[m][n] = sum over groups of scale * dot, the products of bfloat16 summed in float32.
@@ -126,8 +126,9 @@ inline void MultiplyBf16(const Panels<N>& w, const MatrixLayout& layout, const A
   constexpr int C = kChains<M, N>;
   const size_t groups = layout.group ? layout.groups : 1;
   const size_t inputs = layout.group ? layout.group : rows.padded_cols;
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) out[m][n] = F32::Set(0.0f);
+  F32 sums[M][N];  // not `out`: the compiler would store it in every step
+  for (auto& token : sums)
+    for (F32& sum : token) sum = F32::Set(0.0f);
   size_t at = 0, k = 0;
   for (size_t g = 0; g < groups; ++g) {
     F32 acc[C][M][N];
@@ -160,11 +161,13 @@ inline void MultiplyBf16(const Panels<N>& w, const MatrixLayout& layout, const A
     for (int n = 0; n < N; ++n) {
       const F32 scale = Format::kIsInteger ? LoadScale(w.header[n], layout, g) : F32::Set(1.0f);
       for (int m = 0; m < M; ++m) {
-        const F32 sum = C > 1 ? Add(acc[0][m][n], acc[C - 1][m][n]) : acc[0][m][n];
-        out[m][n] = MulAdd(sum, scale, out[m][n]);
+        const F32 dot = C > 1 ? Add(acc[0][m][n], acc[C - 1][m][n]) : acc[0][m][n];
+        sums[m][n] = MulAdd(dot, scale, sums[m][n]);
       }
     }
   }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) out[m][n] = sums[m][n];
 }
 
 // out[m] = sum of (value - zero) * scale * a, all in float32.
