@@ -11,9 +11,9 @@ struct Int4 {
   static constexpr bool kIsInteger = true;
   static constexpr bool kHasZeroPoint = kZeroPoint;
   static constexpr bool kIsBf16Operand = false;
-  static constexpr bool kIsInt8Operand = false;
+  static constexpr bool kIsSigned = false;
   static constexpr int kDotsPerRow = 2;
-  static constexpr int kDotZero = 8;
+  static constexpr int kDotZero = kZeroPoint ? 16 : 8;  // operands are weight + kDotZero
 
   static I32 Code(I32 row, int j) {
     return And(Shr(row, j < 4 ? 8 * j : 8 * (j - 4) + 4), I32::Set(15));
@@ -26,10 +26,13 @@ struct Int4 {
     const I32 z = kZeroPoint ? zero : I32::Set(8);
     return Bf16Pair(ToF32(Sub(Code(row, 2 * i), z)), ToF32(Sub(Code(row, 2 * i + 1), z)));
   }
-  static I32 DotOperand(I32 row, int i) {
-    return And(i == 0 ? row : Shr(row, 4), I32::Set(0x0f0f0f0f));
+  // What DotOperand takes for `zero`: 16 - zero in every byte, so that code - zero + 16 is
+  // in 1..31.
+  static I32 DotOffset(I32 zero) { return Mul(Sub(I32::Set(16), zero), I32::Set(0x01010101)); }
+  static I32 DotOperand(I32 row, int i, I32 offset) {
+    const I32 codes = And(i == 0 ? row : Shr(row, 4), I32::Set(0x0f0f0f0f));
+    return kZeroPoint ? Add(codes, offset) : codes;  // no byte carries
   }
-  static I32 Dot(I32 acc, I32 operand, const void* a) { return DotU4(acc, operand, a); }
 };
 
 }  // namespace

@@ -7,19 +7,19 @@ struct Int8 {
   static constexpr bool kIsInteger = true;
   static constexpr bool kHasZeroPoint = false;
   static constexpr bool kIsBf16Operand = false;
-  static constexpr bool kIsInt8Operand = kInt8Offset == 0;
+  static constexpr bool kIsSigned = true;
   static constexpr int kDotsPerRow = 1;         // groups of four inputs in one row
-  static constexpr int kDotZero = kInt8Offset;  // Dot() multiplies by (weight + kDotZero)
+  static constexpr int kDotZero = kInt8Offset;  // operands are weight + kDotZero
 
   static F32 Value(I32 row, int j) { return ToF32(Sar(Shl(row, 24 - 8 * j), 24)); }
   static I32 Bf16Operand(I32 row, int i, I32) {
     return Bf16Pair(Value(row, 2 * i), Value(row, 2 * i + 1));
   }
-  static I32 DotOperand(I32 row, int) {
+  static I32 DotOffset(I32) { return I32::Set(0); }
+  static I32 DotOperand(I32 row, int, I32) {
     // Adding 128 to a byte is flipping its top bit.
     return kInt8Offset == 128 ? Xor(row, I32::Set(static_cast<int32_t>(0x80808080u))) : row;
   }
-  static I32 Dot(I32 acc, I32 operand, const void* a) { return DotI8(acc, operand, a); }
 };
 
 }  // namespace

@@ -9,11 +9,16 @@
 // Where the bytes of one packed expert lie. One layout for every ISA, AVX2 to AMX, so that packed
 // weights can be moved, mapped and shared without being packed again.
 //
-// A matrix [rows = outputs, cols = inputs] is cut into panels of 16 outputs. A panel is contiguous:
+// A matrix [rows = outputs, cols = inputs] is cut into panels of 16 outputs. A panel is contiguous,
+// a run of blocks; a block is as many groups of inputs (1, 2 or 4) as fill whole 64-byte rows with
+// their scales and zero points, fewer in the last block:
 //
-//   scales       [groups][16]  float32 or bfloat16, padded to 64 bytes; absent for bf16
-//   zero points  [groups][16]  uint8, padded to 64 bytes; absent unless the format has them
-//   weights      [padded_cols * bits / 32][64 bytes]
+//   scales       [groups of a block][16]  float32 or bfloat16; absent for bf16
+//   zero points  [groups of a block][16]  uint8; absent unless the format has them
+//   weights      [inputs of its groups * bits / 32][64 bytes]
+//
+// Scales stand beside the weights they belong to, so that a panel is read as one stream: a second
+// stream of scales costs a third of the memory's bandwidth (docs/decisions/0003).
 //
 // One 64-byte row of weights holds, for each of the 16 outputs in turn, 4 bytes of consecutive
 // inputs: 2 bfloat16, 4 int8, or 8 int4 (the layout of an AMX B tile, 16 rows to the tile). Inputs
@@ -40,9 +45,28 @@ struct MatrixLayout {
   bool has_zero_point;
   size_t group;  // inputs per scale; 0: one scale per output
   size_t rows, cols;
-  // Derived by MakeLayout.
-  size_t padded_cols, panels, groups;
-  size_t zero_offset, weight_offset, panel_bytes;
+  // Derived by MakeLayout. Without groups, or without scales, all inputs are one group.
+  size_t padded_cols, panels, group_cols, groups;
+  size_t block_groups;  // groups of a block
+  size_t scale_bytes;   // of 16 scales
+  size_t zero_offset;   // from a block's first byte to its zero points
+  size_t header_bytes;  // scales and zero points of a block
+  size_t group_bytes;   // weights of a group
+  size_t panel_bytes;
+
+  KT_INLINE size_t Block(size_t group) const {
+    return group / block_groups * (header_bytes + block_groups * group_bytes);
+  }
+  // Offsets from a panel's first byte.
+  KT_INLINE size_t Scales(size_t group) const {
+    return Block(group) + group % block_groups * scale_bytes;
+  }
+  KT_INLINE size_t Zeros(size_t group) const {
+    return Block(group) + zero_offset + group % block_groups * kPanel;
+  }
+  KT_INLINE size_t Weights(size_t group) const {
+    return Block(group) + header_bytes + group % block_groups * group_bytes;
+  }
 };
 
 KT_INLINE size_t ElementBits(Element element) {
@@ -51,14 +75,27 @@ KT_INLINE size_t ElementBits(Element element) {
 
 KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, bool has_zero_point,
                                   size_t group, size_t rows, size_t cols) {
-  MatrixLayout m{element, scale, has_zero_point, group, rows, cols, 0, 0, 0, 0, 0, 0};
+  MatrixLayout m{};
+  m.element = element;
+  m.scale = scale;
+  m.has_zero_point = has_zero_point;
+  m.group = group;
+  m.rows = rows;
+  m.cols = cols;
   m.padded_cols = RoundUp(cols, group > kColumnPad ? group : kColumnPad);
   m.panels = RoundUp(rows, kPanel) / kPanel;
-  m.groups = scale == ScaleType::kNone ? 0 : group == 0 ? 1 : m.padded_cols / group;
-  const size_t scale_bytes = scale == ScaleType::kFloat32 ? 4 : scale == ScaleType::kBf16 ? 2 : 0;
-  m.zero_offset = RoundUp(m.groups * kPanel * scale_bytes, kRowBytes);
-  m.weight_offset = m.zero_offset + (has_zero_point ? RoundUp(m.groups * kPanel, kRowBytes) : 0);
-  m.panel_bytes = m.weight_offset + m.padded_cols * kPanel * ElementBits(element) / 8;
+  m.group_cols = group ? group : m.padded_cols;
+  m.groups = m.padded_cols / m.group_cols;
+  m.scale_bytes = kPanel * (scale == ScaleType::kFloat32 ? 4 : scale == ScaleType::kBf16 ? 2 : 0);
+  const size_t group_header = m.scale_bytes + (has_zero_point ? kPanel : 0);
+  m.block_groups = 1;
+  if (group)
+    while (m.block_groups * group_header % kRowBytes != 0) m.block_groups *= 2;
+  m.zero_offset = m.block_groups * m.scale_bytes;
+  m.header_bytes = RoundUp(m.block_groups * group_header, kRowBytes);
+  m.group_bytes = m.group_cols * kPanel * ElementBits(element) / 8;
+  const size_t blocks = (m.groups + m.block_groups - 1) / m.block_groups;
+  m.panel_bytes = blocks * m.header_bytes + m.groups * m.group_bytes;
   return m;
 }
 

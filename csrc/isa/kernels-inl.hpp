@@ -11,7 +11,8 @@
 #include "format/int4.hpp"
 #include "format/int8.hpp"
 #include "moe/kernels.hpp"
-#include "tile/vector.hpp"
+#include "tile/stream.hpp"
+#include "tile/wide.hpp"
 
 #include "moe/panel-inl.hpp"
 

@@ -32,9 +32,8 @@ struct Activation {
 // Rows of activations in the form the dot products want. A row is `row_bytes` long:
 //   values        padded_cols of float32, bfloat16 or int8; zero beyond the last input
 //   scales        [padded_cols / group] float32                           (int8 only)
-//   corrections   [padded_cols / step] int32: -zero * sum of the step's values, so that a dot
-//                 product with unsigned codes starts there; -sum where zeros are stored with the
-//                 weights                                                 (int8 only)
+//   corrections   [padded_cols / step] int32: -offset * sum of the step's values, so that a dot
+//                 product with weights that had `offset` added starts there    (int8 only)
 struct ActivationRows {
   Precision precision;
   size_t cols, padded_cols;
@@ -109,11 +108,13 @@ struct DownArgs {
   uint8_t* scratch;  // as above
 };
 
-// Two panels, unpacked once for many tokens.
+// Two panels, unpacked once for many tokens: weights, then a float32 scale per output and group.
+KT_INLINE size_t UnpackedBytes(Precision precision, const MatrixLayout& weights) {
+  return kPanel * (weights.padded_cols * (precision == Precision::kBf16 ? 2 : 1) +
+                   weights.groups * sizeof(float));
+}
 KT_INLINE size_t UnpackScratchBytes(Precision precision, const MatrixLayout& weights) {
-  return precision == Precision::kFloat32
-             ? 0
-             : 2 * kPanel * weights.padded_cols * (precision == Precision::kBf16 ? 2 : 1);
+  return precision == Precision::kFloat32 ? 0 : 2 * UnpackedBytes(precision, weights);
 }
 
 // One matrix to pack: dense (element [r, c] at data + r * row_stride + c * col_stride, in

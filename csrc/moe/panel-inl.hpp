@@ -4,69 +4,81 @@
 namespace kt::KT_ISA {
 namespace {
 
-// How one weight format meets one precision of the activations: `Multiply` over packed rows or over
-// rows that `Unpack` wrote. kUnpacks: the two differ.
-template <class Format, bool kGrouped, int kStep>
+// How one weight format meets one precision of the activations. kUnpacks: Wide() wants the rows
+// that Unpack() writes. kInputsPerStep: of the calls of Prefetch::Step().
+template <class Format, bool kIsGrouped, int kStep>
 struct Int8Product {
-  static constexpr bool kUnpacks = !Format::kIsInt8Operand;
-  static constexpr int kPanels = kPanelBlock;
+  static constexpr bool kHasWide = true, kUnpacks = true;
+  static constexpr size_t kInputsPerStep = kStep;
 
-  static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to) {
-    const uint8_t* from = panel + layout.weight_offset;
-    for (size_t k = 0; k < layout.padded_cols; k += Format::kValuesPerRow, from += kRowBytes) {
-      const I32 row = I32::Load(from);
-      for (int i = 0; i < Format::kDotsPerRow; ++i, to += kRowBytes)
-        Format::DotOperand(row, i).Store(to);
-    }
+  static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
+    ForGroups(panel, layout,
+              [&](size_t, const uint8_t* from_scales, const uint8_t* zeros, const uint8_t* from) {
+                LoadScales(from_scales, layout.scale).Store(scales);
+                scales += kPanel;
+                const I32 offset =
+                    Format::DotOffset(Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0));
+                for (size_t k = 0; k < layout.group_cols;
+                     k += Format::kValuesPerRow, from += kRowBytes) {
+                  const I32 row = I32::Load(from);
+                  for (int i = 0; i < Format::kDotsPerRow; ++i, to += kRowBytes)
+                    Format::DotOperand(row, i, offset).Store(to);
+                }
+              });
   }
-  static constexpr size_t kUnpackedBytes = 1;  // per weight
-
-  template <bool kPacked, int M, int N>
-  static void Multiply(const Panels<N>& w, const MatrixLayout& layout, const ActivationRows& rows,
-                       const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][N]) {
-    if constexpr (kPacked)
-      MultiplyInt8<Format, Format, kGrouped, kStep>(w, layout, rows, a, prefetch, out);
-    else MultiplyInt8<Format, Int8Rows<Format>, kGrouped, kStep>(w, layout, rows, a, prefetch, out);
+  template <int M>
+  static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows& rows,
+                     const uint8_t* const* a, F32 (&out)[M]) {
+    StreamInt8<Format, kStep>(panel, layout, rows, a, out);
+  }
+  template <int M>
+  static void Wide(const Unpacked& w, const MatrixLayout& layout, const ActivationRows& rows,
+                   const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
+    WideInt8<Format::kIsSigned, kIsGrouped, kStep>(w, layout, rows, a, prefetch, out);
   }
 };
 
 template <class Format>
 struct Bf16Product {
-  static constexpr bool kUnpacks = !Format::kIsBf16Operand;
-  static constexpr int kPanels = kPanelBlock;
+  static constexpr bool kHasWide = true, kUnpacks = !Format::kIsBf16Operand;
+  static constexpr size_t kInputsPerStep = 16;
 
-  static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to) {
-    const uint8_t* from = panel + layout.weight_offset;
-    const size_t inputs = layout.group ? layout.group : layout.padded_cols;
-    for (size_t g = 0; g * inputs < layout.padded_cols; ++g) {
-      const I32 zero = Format::kHasZeroPoint ? LoadZero(panel, layout, g) : I32::Set(0);
-      for (size_t k = 0; k < inputs; k += Format::kValuesPerRow, from += kRowBytes) {
-        const I32 row = I32::Load(from);
-        for (int i = 0; i < Format::kValuesPerRow / 2; ++i, to += kRowBytes)
-          Format::Bf16Operand(row, i, zero).Store(to);
-      }
-    }
+  static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
+    ForGroups(panel, layout,
+              [&](size_t, const uint8_t* from_scales, const uint8_t* zeros, const uint8_t* from) {
+                LoadScales(from_scales, layout.scale).Store(scales);
+                scales += kPanel;
+                const I32 zero = Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0);
+                for (size_t k = 0; k < layout.group_cols;
+                     k += Format::kValuesPerRow, from += kRowBytes) {
+                  const I32 row = I32::Load(from);
+                  for (int i = 0; i < Format::kValuesPerRow / 2; ++i, to += kRowBytes)
+                    Format::Bf16Operand(row, i, zero).Store(to);
+                }
+              });
   }
-  static constexpr size_t kUnpackedBytes = 2;
-
-  template <bool kPacked, int M, int N>
-  static void Multiply(const Panels<N>& w, const MatrixLayout& layout, const ActivationRows& rows,
-                       const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][N]) {
-    if constexpr (kPacked) MultiplyBf16<Format, Format>(w, layout, rows, a, prefetch, out);
-    else MultiplyBf16<Format, Bf16Rows>(w, layout, rows, a, prefetch, out);
+  template <int M>
+  static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows&,
+                     const uint8_t* const* a, F32 (&out)[M]) {
+    StreamBf16<Format>(panel, layout, a, out);
+  }
+  template <int M>
+  static void Wide(const Unpacked& w, const MatrixLayout& layout, const ActivationRows&,
+                   const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
+    WideBf16(w, layout, a, prefetch, out);
   }
 };
 
-// The exact mode: no unpacked form, one panel at a time.
+// The exact mode streams whatever the number of tokens.
 template <class Format>
 struct F32Product {
-  static constexpr bool kUnpacks = false;
-  static constexpr int kPanels = 1;
+  static constexpr bool kHasWide = false, kUnpacks = false;
+  static constexpr size_t kInputsPerStep = 1;
 
-  template <bool, int M, int N>
-  static void Multiply(const Panels<N>& w, const MatrixLayout& layout, const ActivationRows& rows,
-                       const uint8_t* const* a, Prefetch, F32 (&out)[M][N]) {
-    MultiplyF32<Format>(w.header[0], layout, rows, a, out);
+  template <int M>
+  static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows&,
+                     const uint8_t* const* a, F32 (&out)[M]) {
+    StreamF32<Format>(panel, layout, a, out);
   }
 };
 
@@ -104,19 +116,20 @@ template <int M>
 struct Size {
   static constexpr int kValue = M;
 };
-template <int M, class Body>
+template <int kMin, int M, class Body>
 inline void WithSize(size_t size, const Body& body) {
-  if constexpr (M > 1)
-    if (size < M) return WithSize<M - 1>(size, body);
+  if constexpr (M > kMin)
+    if (size < M) return WithSize<kMin, M - 1>(size, body);
   body(Size<M>{});
 }
 
-// Calls body(first token, Size<M>) over 0..count-1, in blocks as even as can be.
-template <int kMax, class Body>
+// Calls body(first token, Size<M>) over 0..count-1, in blocks as even as can be. kMin: the fewest
+// tokens a block then can have.
+template <int kMin, class Body>
 inline void ForTokenBlocks(size_t count, const Body& body) {
-  for (size_t blocks = (count + kMax - 1) / kMax, first = 0; blocks > 0; --blocks) {
+  for (size_t blocks = (count + kTokenBlock - 1) / kTokenBlock, first = 0; blocks > 0; --blocks) {
     const size_t size = (count - first + blocks - 1) / blocks;
-    WithSize<kMax>(size, [&](auto m) { body(first, m); });
+    WithSize<kMin, kTokenBlock>(size, [&](auto m) { body(first, m); });
     first += size;
   }
 }
@@ -131,61 +144,58 @@ struct PairArgs {
   uint8_t* scratch;
 };
 
+template <class Product>
+inline Unpacked UnpackPair(const PairArgs& args) {
+  // A last panel without a partner meets itself.
+  const uint8_t* panels[2] = {args.first, args.second ? args.second : args.first};
+  Unpacked w{{panels[0], panels[1]}, {nullptr, nullptr}};
+  if constexpr (Product::kUnpacks) {
+    const size_t bytes = UnpackedBytes(args.rows->precision, *args.layout);
+    for (int n = 0; n < 2; ++n) {
+      float* scales = reinterpret_cast<float*>(args.scratch + static_cast<size_t>(n) * bytes);
+      uint8_t* weights = reinterpret_cast<uint8_t*>(scales + args.layout->groups * kPanel);
+      if (n == 0 || args.second) Product::Unpack(panels[n], *args.layout, weights, scales);
+      else weights = const_cast<uint8_t*>(w.weights[0]), scales = const_cast<float*>(w.scales[0]);
+      w.weights[n] = weights, w.scales[n] = scales;
+    }
+  }
+  return w;
+}
+
+template <class Product, class Row, class Consume>
+inline void MultiplyWide(const PairArgs& args, const Row& row, const Consume& consume) {
+  const Unpacked w = UnpackPair<Product>(args);
+  const size_t steps = args.layout->padded_cols / Product::kInputsPerStep;
+  Prefetch prefetch{args.first + 2 * args.layout->panel_bytes, 0};
+  if (args.has_next) {
+    const size_t passes = (args.count + kTokenBlock - 1) / kTokenBlock;
+    prefetch.lines_per_step = 2 * args.layout->panel_bytes / kRowBytes / (passes * steps) + 1;
+  }
+  ForTokenBlocks<(kTokenBlock + 1) / 2>(args.count, [&](size_t first, auto size) {
+    constexpr int M = decltype(size)::kValue;
+    const uint8_t* a[M];
+    for (int m = 0; m < M; ++m) a[m] = row(first + static_cast<size_t>(m));
+    F32 both[M][2], left[M], right[M];
+    Product::Wide(w, *args.layout, *args.rows, a, prefetch, both);
+    prefetch.at += prefetch.lines_per_step * kRowBytes * steps;
+    for (int m = 0; m < M; ++m) left[m] = both[m][0], right[m] = both[m][1];
+    consume(first, size, left, right);
+  });
+}
+
 // Calls consume(first token, Size<M>, F32 (&)[M], F32 (&)[M]) with the products of both panels.
 // `row(i)` is where the i-th token's activations are.
 template <class Product, class Row, class Consume>
 inline void MultiplyPair(const PairArgs& args, const Row& row, const Consume& consume) {
-  const MatrixLayout& layout = *args.layout;
-  const bool has_second = args.second != nullptr;
-  const bool is_wide = args.count > kTokenBlock;
-  const uint8_t* weights[2] = {args.first + layout.weight_offset,
-                               (has_second ? args.second : args.first) + layout.weight_offset};
-  if constexpr (Product::kUnpacks) {
-    if (is_wide) {
-      Product::Unpack(args.first, layout, args.scratch);
-      weights[0] = weights[1] = args.scratch;
-      if (has_second) {
-        weights[1] = args.scratch + kPanel * layout.padded_cols * Product::kUnpackedBytes;
-        Product::Unpack(args.second, layout,
-                        args.scratch + kPanel * layout.padded_cols * Product::kUnpackedBytes);
-      }
-    }
-  }
-  Prefetch prefetch{args.first, 0};
-  if (is_wide && args.has_next) {
-    const size_t steps =
-        (args.count + kTokenBlock - 1) / kTokenBlock * (layout.padded_cols / args.rows->step);
-    prefetch = {args.first + 2 * layout.panel_bytes,
-                2 * layout.panel_bytes / kRowBytes / steps + 1};
-  }
-  ForTokenBlocks<kTokenBlock>(args.count, [&](size_t first, auto size) {
+  if constexpr (Product::kHasWide)
+    if (args.count > kTokenBlock) return MultiplyWide<Product>(args, row, consume);
+  ForTokenBlocks<1>(args.count, [&](size_t first, auto size) {
     constexpr int M = decltype(size)::kValue;
     const uint8_t* a[M];
     for (int m = 0; m < M; ++m) a[m] = row(first + static_cast<size_t>(m));
     F32 left[M], right[M];
-    if constexpr (Product::kPanels == 2) {
-      if (is_wide && has_second) {
-        F32 both[M][2];
-        const Panels<2> w{{args.first, args.second}, {weights[0], weights[1]}};
-        Product::template Multiply<!Product::kUnpacks>(w, layout, *args.rows, a, prefetch, both);
-        prefetch.at += prefetch.lines_per_step * kRowBytes * (layout.padded_cols / args.rows->step);
-        for (int m = 0; m < M; ++m) left[m] = both[m][0], right[m] = both[m][1];
-        return consume(first, size, left, right);
-      }
-    }
-    const auto one = [&](const uint8_t* panel, const uint8_t* rows, F32(&out)[M]) {
-      F32 sums[M][1];
-      const Panels<1> w{{panel}, {rows}};
-      if constexpr (Product::kUnpacks) {
-        if (is_wide) Product::template Multiply<false>(w, layout, *args.rows, a, {rows, 0}, sums);
-        else Product::template Multiply<true>(w, layout, *args.rows, a, {rows, 0}, sums);
-      } else {
-        Product::template Multiply<true>(w, layout, *args.rows, a, {rows, 0}, sums);
-      }
-      for (int m = 0; m < M; ++m) out[m] = sums[m][0];
-    };
-    one(args.first, weights[0], left);
-    if (has_second) one(args.second, weights[1], right);
+    Product::Stream(args.first, *args.layout, *args.rows, a, left);
+    if (args.second) Product::Stream(args.second, *args.layout, *args.rows, a, right);
     else
       for (int m = 0; m < M; ++m) right[m] = left[m];
     consume(first, size, left, right);

@@ -44,16 +44,15 @@ inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale
   *scale = (is_zero ? 0.0f : largest / 127.0f) + ReduceAdd(poison);
 }
 
-// What the dot products add to each weight; 1 where zeros are stored with the weights, by which
-// MultiplyInt8 then multiplies.
-inline int32_t FormatZero(const MatrixLayout& weights) {
-  if (weights.has_zero_point) return 1;
-  return weights.element == Element::kInt8 ? Int8::kDotZero : Int4<false>::kDotZero;
+// What DotOperand adds to each weight.
+inline int32_t DotZero(const MatrixLayout& weights) {
+  if (weights.element == Element::kInt8) return Int8::kDotZero;
+  return weights.has_zero_point ? Int4<true>::kDotZero : Int4<false>::kDotZero;
 }
 
 void Prepare(const PrepareArgs& args) {
   const ActivationRows& rows = args.rows;
-  const int32_t zero = FormatZero(*args.weights);
+  const int32_t zero = DotZero(*args.weights);
   float block[kHiddenGroup];
   static_assert(kInterGroup <= kHiddenGroup && kColumnPad % kHiddenGroup == 0);
   for (size_t r = args.first_row; r < args.last_row; ++r) {

@@ -9,7 +9,6 @@ namespace kt::KT_ISA {
 namespace {
 
 constexpr int kTokenBlock = 3;
-constexpr int kPanelBlock = 1;
 constexpr int kInt8Offset = 0;
 
 struct F32 {
@@ -133,7 +132,7 @@ inline I32 DotI8(I32 acc, I32 w, const void* a) {
   return {AddPairs(acc.lo, _mm256_maddubs_epi16(_mm256_abs_epi8(w.lo), _mm256_sign_epi8(x, w.lo))),
           AddPairs(acc.hi, _mm256_maddubs_epi16(_mm256_abs_epi8(w.hi), _mm256_sign_epi8(x, w.hi)))};
 }
-inline I32 DotU4(I32 acc, I32 w, const void* a) {
+inline I32 DotU8(I32 acc, I32 w, const void* a) {
   const __m256i x = _mm256_set1_epi32(FourBytes(a));
   return {AddPairs(acc.lo, _mm256_maddubs_epi16(w.lo, x)),
           AddPairs(acc.hi, _mm256_maddubs_epi16(w.hi, x))};
@@ -145,6 +144,11 @@ inline F32 DotBf16(F32 acc, I32 w, const void* a) {
   const F32 even = AsF32(I32::Set(static_cast<int32_t>(static_cast<uint32_t>(pair) << 16)));
   const F32 odd = AsF32(I32::Set(pair & high));
   return MulAdd(AsF32(And(w, I32::Set(high))), odd, MulAdd(AsF32(Shl(w, 16)), even, acc));
+}
+
+template <bool kIsSigned>
+inline I32 Dot(I32 acc, I32 w, const void* a) {
+  return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ namespace {
 
 // 12 sums, 12 dot products under way, 2 rows of weights: 26 of 32 registers.
 constexpr int kTokenBlock = 6;
-constexpr int kPanelBlock = 2;
 #ifdef __AVX512VNNI__
 constexpr int kInt8Offset = 128;  // vpdpbusd multiplies unsigned by signed: weights become w + 128
 #else
@@ -85,7 +84,7 @@ inline __m512i Broadcast4(const void* p) {
 inline I32 DotI8(I32 acc, I32 w, const void* a) {
   return {_mm512_dpbusd_epi32(acc.v, w.v, Broadcast4(a))};
 }
-inline I32 DotU4(I32 acc, I32 w, const void* a) { return DotI8(acc, w, a); }
+inline I32 DotU8(I32 acc, I32 w, const void* a) { return DotI8(acc, w, a); }
 #else
 inline __m512i AddPairs(__m512i acc, __m512i products16) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(products16, _mm512_set1_epi16(1)));
@@ -97,7 +96,7 @@ inline I32 DotI8(I32 acc, I32 w, const void* a) {
       _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w.v), _mm512_setzero_si512(), x);
   return {AddPairs(acc.v, _mm512_maddubs_epi16(_mm512_abs_epi8(w.v), signed_x))};
 }
-inline I32 DotU4(I32 acc, I32 w, const void* a) {
+inline I32 DotU8(I32 acc, I32 w, const void* a) {
   return {AddPairs(acc.v, _mm512_maddubs_epi16(w.v, Broadcast4(a)))};
 }
 #endif
@@ -112,6 +111,11 @@ inline F32 DotBf16(F32 acc, I32 w, const void* a) {
   const F32 odd = {_mm512_castsi512_ps(_mm512_and_si512(pair, high))};
   return MulAdd(AsF32({_mm512_and_si512(w.v, high)}), odd, MulAdd(AsF32(Shl(w, 16)), even, acc));
 #endif
+}
+
+template <bool kIsSigned>
+inline I32 Dot(I32 acc, I32 w, const void* a) {
+  return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
 
 }  // namespace

@@ -10,7 +10,6 @@ namespace kt::KT_ISA {
 namespace {
 
 constexpr int kTokenBlock = 2;  // tokens that share one pass over a panel
-constexpr int kPanelBlock = 1;  // panels that share one pass over the tokens: 1 or 2
 constexpr int kInt8Offset = 0;  // DotI8 multiplies by (weight + kInt8Offset)
 
 struct I32;
@@ -135,8 +134,8 @@ inline I32 DotI8(I32 acc, I32 w, const void* a) {
     for (int j = 0; j < 4; ++j) acc.v[i] += y[4 * i + j] * x[j];
   return acc;
 }
-// The same with unsigned weights in 0..15.
-inline I32 DotU4(I32 acc, I32 w, const void* a) { return DotI8(acc, w, a); }
+// The same with unsigned weights of at most 7 bits.
+inline I32 DotU8(I32 acc, I32 w, const void* a) { return DotI8(acc, w, a); }
 
 // acc[n] += sum_{j<2} w[n][j] * a[j] over bfloat16; `a` points at 2 of them.
 inline F32 DotBf16(F32 acc, I32 w, const void* a) {
@@ -146,6 +145,11 @@ inline F32 DotBf16(F32 acc, I32 w, const void* a) {
   const F32 odd = AsF32(I32::Set(static_cast<int32_t>(pair & 0xffff0000u)));
   const I32 high = I32::Set(static_cast<int32_t>(0xffff0000u));
   return MulAdd(AsF32(And(w, high)), odd, MulAdd(AsF32(Shl(w, 16)), even, acc));
+}
+
+template <bool kIsSigned>
+inline I32 Dot(I32 acc, I32 w, const void* a) {
+  return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
 
 }  // namespace

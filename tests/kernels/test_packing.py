@@ -98,27 +98,51 @@ class Bytes:
         return np.frombuffer(piece, dtype)
 
 
+SCALE_TYPES = {None: "V0", ScaleType.FLOAT32: "<f4", ScaleType.BF16: "<u2"}
+
+
 def take_panel(raw: Bytes, weight_format: Format, cols: int) -> Matrix:
-    padded = round_up(cols, max(64, weight_format.group_size or 0))
-    groups = padded // weight_format.group_size if weight_format.group_size else 1
-    scales, zeros = np.zeros((16, 0), np.float32), np.zeros((16, groups), np.int32)
-    if weight_format.scale is ScaleType.FLOAT32:
-        scales = raw.take(groups * 16, "<f4").reshape(groups, 16).T
-    elif weight_format.scale is ScaleType.BF16:
-        halves = raw.take(groups * 16, "<u2").astype(np.uint32) << 16
-        scales = halves.view(np.float32).reshape(groups, 16).T
-    if weight_format.has_zero_point:
-        zeros = raw.take(groups * 16, "u1").astype(np.int32).reshape(groups, 16).T
+    group_size = weight_format.group_size
+    padded = round_up(cols, max(64, group_size or 0))
+    group_cols = group_size or padded
+    groups = padded // group_cols
+    scale_bytes = 16 * np.dtype(SCALE_TYPES[weight_format.scale]).itemsize
+    zero_bytes = 16 if weight_format.has_zero_point else 0
+    block = 1
+    while group_size and block * (scale_bytes + zero_bytes) % 64:
+        block *= 2
+
+    codes, scales, zeros = [], [], np.zeros((16, groups), np.int32)
+    for first in range(0, groups, block):
+        last = min(first + block, groups)
+        header = raw.take(block * (scale_bytes + zero_bytes), "u1")
+        split = block * scale_bytes
+        if scale_bytes:
+            read = header[:split].view(SCALE_TYPES[weight_format.scale]).reshape(block, 16)
+            if weight_format.scale is ScaleType.BF16:
+                read = (read.astype(np.uint32) << 16).view(np.float32)
+            scales.extend(read[: last - first])
+            assert not read[last - first :].any(), "padding holds something"
+        if zero_bytes:
+            points = header[split:].reshape(block, 16)
+            zeros[:, first:last] = points[: last - first].T
+            assert not points[last - first :].any(), "padding holds something"
+        codes.append(take_codes(raw, weight_format, (last - first) * group_cols))
+    stored_scales = np.array(scales, np.float32).reshape(-1, 16).T
+    return Matrix(np.concatenate(codes, axis=1), stored_scales, zeros)
+
+
+def take_codes(raw: Bytes, weight_format: Format, cols: int) -> NDArray[np.int32]:
     match weight_format.element:
         case Element.BF16:
-            lanes = raw.take(padded * 16, "<u2").reshape(-1, 16, 2).astype(np.int32)
+            lanes = raw.take(cols * 16, "<u2").reshape(-1, 16, 2).astype(np.int32)
         case Element.INT8:
-            lanes = raw.take(padded * 16, "i1").reshape(-1, 16, 4).astype(np.int32)
+            lanes = raw.take(cols * 16, "i1").reshape(-1, 16, 4).astype(np.int32)
         case Element.INT4:
-            pairs = raw.take(padded * 8, "u1").reshape(-1, 16, 4).astype(np.int32)
+            pairs = raw.take(cols * 8, "u1").reshape(-1, 16, 4).astype(np.int32)
             lanes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
             lanes = lanes if weight_format.has_zero_point else lanes - 8
-    return Matrix(lanes.transpose(1, 0, 2).reshape(16, padded), scales, zeros)
+    return lanes.transpose(1, 0, 2).reshape(16, cols)
 
 
 def stacked(panels: list[Matrix]) -> Matrix:
@@ -398,23 +422,23 @@ def test_loading_again_replaces_the_expert(device: CpuDevice) -> None:
 
 
 # H = 96, I = 40, worked out by hand. Outputs: gate and up have 3 panels of 16, down has 6. Inputs:
-# 96 are padded to 128; 40 to 64, and to 128 in groups of 128. A panel is scales, zero points (each
-# in whole 64-byte rows), then padded inputs * 16 * bits / 8:
+# 96 are padded to 128; 40 to 64, and to 128 in groups of 128. A panel is blocks of 1, 2 or 4
+# groups: scales and zero points in whole 64-byte rows, then inputs * 16 * bits / 8 of weights:
 #   bf16            gate, up: 4096                           down: 2048
 #   int8            64 + 2048                                64 + 1024
-#   int8-g32        4 groups * 16 * 2 = 128, + 2048          2 groups: 64, + 1024
-#   int4-g32        128 + 1024                               64 + 512
-#   int4-g32-asym   128 + 4 * 16 = 64 + 1024                 64 + 32 -> 64 + 512
-#   int4-g128       1 group: 32 -> 64, + 1024                the same
-#   int4-g128-asym  64 + 16 -> 64 + 1024                     the same
+#   int8-g32        2 blocks of (64 + 2 * 512)               1 block: 64 + 1024
+#   int4-g32        2 blocks of (64 + 2 * 256)               1 block: 64 + 512
+#   int4-g32-asym   1 block of 4 * (32 + 16) + 1024          half a block: 192 + 512
+#   int4-g128       half a block: 64 + 1024                  the same
+#   int4-g128-asym  a quarter of a block: 192 + 1024         the same
 DRAWN_BYTES = {
     "bf16": 6 * 4096 + 6 * 2048,
     "int8": 6 * 2112 + 6 * 1088,
     "int8-g32": 6 * 2176 + 6 * 1088,
     "int4-g32": 6 * 1152 + 6 * 576,
-    "int4-g32-asym": 6 * 1216 + 6 * 640,
+    "int4-g32-asym": 6 * 1216 + 6 * 704,
     "int4-g128": 6 * 1088 + 6 * 1088,
-    "int4-g128-asym": 6 * 1152 + 6 * 1152,
+    "int4-g128-asym": 6 * 1216 + 6 * 1216,
 }
 
 

@@ -617,12 +617,8 @@ def test_what_a_device_cannot_make() -> None:
         narrow = CpuDevice(device.info, int8_only, 1)
         with pytest.raises(UnsupportedFormatError, match=r"cannot compute format 'bf16'.*int8"):
             narrow.expert_kernel(SPEC, FORMATS["bf16"])
-        for name, precision in {
-            "bf16": ActivationPrecision.INT8,
-            "int8": ActivationPrecision.BF16,
-        }.items():
-            with pytest.raises(UnsupportedFormatError, match=f"{name!r} has no {precision.value}"):
-                device.expert_kernel(SPEC, FORMATS[name], precision=precision)
+        with pytest.raises(UnsupportedFormatError, match="'bf16' has no int8"):
+            device.expert_kernel(SPEC, FORMATS["bf16"], precision=ActivationPrecision.INT8)
         # More address space than a process has.
         huge = MoeSpec(num_experts=2**40, hidden_size=4096, intermediate_size=4096)
         with pytest.raises(MemoryError):
