@@ -403,7 +403,8 @@ def test_unknown_precision(checkpoint: Path) -> None:
 
 
 def test_a_precision_that_the_format_lacks(checkpoint: Path) -> None:
-    fails(checkpoint, UnsupportedFormatError, "no bf16 activations", precision="bf16")
+    options = {"format": "bf16", "precision": "int8"}
+    fails(checkpoint, UnsupportedFormatError, "no int8 activations", **options)
 
 
 def test_a_dtype_that_is_none(checkpoint: Path) -> None:
