@@ -197,6 +197,13 @@ int RequestAmxPermission() {
 #endif
 }
 
+bool CanUseAmx(const Registers& registers, int (*request)()) {
+  const std::vector<std::string> features = DecodeFeatures(registers);
+  for (const char* needed : {"amx_tile", "amx_int8", "amx_bf16"})
+    if (std::find(features.begin(), features.end(), needed) == features.end()) return false;
+  return request() == 0;
+}
+
 bool AmxPermitted() {
 #if KT_HAS_ARCH_PRCTL
   uint64_t permitted = 0;

@@ -53,6 +53,10 @@ std::string Brand(const Registers& registers);
 // signal stack is too small for the larger frame), ENOSYS (no such call here). May be repeated.
 int RequestAmxPermission();
 
+// Whether the processor has the tiles, their int8 and their bfloat16 products, and the system lets
+// this process use them. `request`, RequestAmxPermission but for tests, is called only if it has.
+bool CanUseAmx(const Registers& registers, int (*request)());
+
 // Whether the permission is there, requested by this process or inherited.
 bool AmxPermitted();
 

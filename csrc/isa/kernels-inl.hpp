@@ -13,6 +13,9 @@
 #include "moe/kernels.hpp"
 #include "tile/stream.hpp"
 #include "tile/wide.hpp"
+#ifdef KT_HAS_TILES
+#include "tile/amx.hpp"
+#endif
 
 #include "moe/panel-inl.hpp"
 
@@ -26,5 +29,5 @@
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray};
+const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray, kStagedRows};
 }  // namespace kt::KT_ISA

@@ -12,7 +12,8 @@ inline void GateUpPanels(const GateUpArgs& args) {
   const ExpertLayout& e = *args.layout;
   const size_t stride = e.has_gate ? 1 : 2;
   const auto row = [&](size_t i) {
-    return args.hidden.data + static_cast<size_t>(args.tokens[i]) * args.hidden.row_bytes;
+    const size_t at = args.tokens ? static_cast<size_t>(args.tokens[i]) : i;
+    return args.hidden.data + at * args.hidden.row_bytes;
   };
   for (size_t p = args.first_panel; p < args.last_panel; p += stride) {
     const bool is_pair = e.has_gate || p + 1 < args.last_panel;
@@ -75,9 +76,41 @@ inline void DownPanels(const DownArgs& args) {
   }
 }
 
+// Tiles are loaded with one stride from row to row: they want copies of the rows, one after
+// another. Each serves all panels of a call; how many there are is a matter of the L2 cache.
+#ifdef KT_HAS_TILES
+constexpr size_t kStagedRows = 128;
+#else
+constexpr size_t kStagedRows = 0;
+#endif
+
+template <class Product, size_t kRows>
+inline void GateUpStaged(const GateUpArgs& args) {
+  uint8_t* staged = args.scratch + UnpackScratchBytes(args.hidden.precision, args.layout->up, 0);
+  const size_t row_bytes = args.hidden.row_bytes;
+  size_t first = 0;
+  for (size_t parts = (args.count + kRows - 1) / kRows; parts > 0; --parts) {
+    const size_t count = (args.count - first + parts - 1) / parts;
+    for (size_t i = 0; i < count; ++i)
+      memcpy(staged + i * row_bytes,
+             args.hidden.data + static_cast<size_t>(args.tokens[first + i]) * row_bytes, row_bytes);
+    GateUpArgs part = args;
+    part.hidden.data = staged;
+    part.tokens = nullptr;
+    part.count = count;
+    part.inter += first * args.inter_stride;
+    GateUpPanels<Product>(part);
+    first += count;
+  }
+}
+
 void GateUp(const GateUpArgs& args) {
-  VisitProduct(args.layout->up, args.hidden,
-               [&](auto product) { GateUpPanels<decltype(product)>(args); });
+  VisitProduct(args.layout->up, args.hidden, [&](auto product) {
+    using Product = decltype(product);
+    if constexpr (kStagedRows > 0 && Product::kHasWide)
+      if (args.count > kTokenBlock) return GateUpStaged<Product, kStagedRows>(args);
+    GateUpPanels<Product>(args);
+  });
 }
 
 void Down(const DownArgs& args) {

@@ -4,7 +4,7 @@
 
 #include "format/layout.hpp"
 
-// What each ISA provides: five functions over plain structs. They allocate nothing, throw nothing
+// What each ISA provides: functions over plain structs. They allocate nothing, throw nothing
 // and read no environment; shapes have been checked before they are called.
 namespace kt {
 
@@ -83,13 +83,13 @@ struct GateUpArgs {
   const uint8_t* expert;
   const ExpertLayout* layout;
   ActivationRows hidden;
-  const int32_t* tokens;  // [count] rows of `hidden`
+  const int32_t* tokens;  // [count] rows of `hidden`; null: 0, 1, ...
   size_t count;
   Activation activation;
   float* inter;  // [count, inter_stride]
   size_t inter_stride;
   size_t first_panel, last_panel;
-  uint8_t* scratch;  // UnpackScratchBytes(), aligned to 64
+  uint8_t* scratch;  // UnpackScratchBytes(..., Kernels::staged_rows), aligned to 64
 };
 
 // out[h, tokens[i]] += weights[i] * (down[h] . inter[i] + bias), for those panels of one expert.
@@ -105,16 +105,20 @@ struct DownArgs {
   float* out;         // [panels, out_tokens, 16]
   size_t out_tokens;  // of the whole batch
   size_t first_panel, last_panel;
-  uint8_t* scratch;  // as above
+  uint8_t* scratch;  // UnpackScratchBytes(..., 0), aligned to 64
 };
 
-// Two panels, unpacked once for many tokens: weights, then a float32 scale per output and group.
+// Scratch holds two panels, unpacked once for many tokens (weights, then a float32 scale per output
+// and group), and behind them copies of `staged_rows` rows of activations.
 KT_INLINE size_t UnpackedBytes(Precision precision, const MatrixLayout& weights) {
   return kPanel * (weights.padded_cols * (precision == Precision::kBf16 ? 2 : 1) +
                    weights.groups * sizeof(float));
 }
-KT_INLINE size_t UnpackScratchBytes(Precision precision, const MatrixLayout& weights) {
-  return precision == Precision::kFloat32 ? 0 : 2 * UnpackedBytes(precision, weights);
+KT_INLINE size_t UnpackScratchBytes(Precision precision, const MatrixLayout& weights,
+                                    size_t staged_rows) {
+  if (precision == Precision::kFloat32) return 0;
+  return 2 * UnpackedBytes(precision, weights) +
+         staged_rows * MakeActivationRows(precision, weights, kHiddenGroup).row_bytes;
 }
 
 // One matrix to pack: dense (element [r, c] at data + r * row_stride + c * col_stride, in
@@ -146,6 +150,7 @@ struct Kernels {
   void (*down)(const DownArgs&);
   bool (*pack)(const PackArgs&);  // false: a weight or a scale is NaN or infinite
   void (*activate)(const Activation&, const float* gate, const float* up, float* out, size_t n);
+  size_t staged_rows;  // what gate_up wants of UnpackScratchBytes(); `down` wants none
 };
 
 }  // namespace kt

@@ -36,6 +36,15 @@ struct Int8Product {
                    const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
     WideInt8<Format::kIsSigned, kIsGrouped, kStep>(w, layout, rows, a, prefetch, out);
   }
+#ifdef KT_HAS_TILES
+  static size_t TileInputs(const MatrixLayout&) { return kStep; }
+  static size_t TileBytes(const MatrixLayout&) { return kStep; }
+  static void Tiled(const Tiles& tiles, const Unpacked& w, const MatrixLayout& layout,
+                    const ActivationRows& rows, const uint8_t* a, Prefetch prefetch,
+                    TileSums& sums) {
+    TiledInt8<kIsGrouped, kStep>(tiles, w, layout, rows, a, prefetch, sums);
+  }
+#endif
 };
 
 template <class Format>
@@ -67,6 +76,11 @@ struct Bf16Product {
                    const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
     WideBf16(w, layout, a, prefetch, out);
   }
+#ifdef KT_HAS_TILES
+  static size_t TileInputs(const MatrixLayout& layout) { return Bf16TileInputs(layout); }
+  static size_t TileBytes(const MatrixLayout& layout) { return 2 * Bf16TileInputs(layout); }
+  static constexpr auto Tiled = TiledBf16;
+#endif
 };
 
 // The exact mode streams whatever the number of tokens.
@@ -162,15 +176,42 @@ inline Unpacked UnpackPair(const PairArgs& args) {
   return w;
 }
 
+// The two panels behind these, spread over `steps` steps.
+inline Prefetch PrefetchNext(const PairArgs& args, size_t steps) {
+  const size_t bytes = 2 * args.layout->panel_bytes;
+  return {args.first + bytes, args.has_next ? bytes / kRowBytes / steps + 1 : 0};
+}
+
+#ifdef KT_HAS_TILES
+// Rows of activations lie one after another here: GateUp() sees to it, and Down()'s always do.
+template <class Product, class Row, class Consume>
+inline void MultiplyWide(const PairArgs& args, const Row& row, const Consume& consume) {
+  const Unpacked w = UnpackPair<Product>(args);
+  const size_t blocks = (args.count + kTileTokens - 1) / kTileTokens;
+  const size_t steps = args.layout->padded_cols / Product::TileInputs(*args.layout);
+  Prefetch prefetch = PrefetchNext(args, blocks * steps);
+  // All blocks have this many tokens, so that tiles are shaped once. The last one begins within the
+  // block before it, whose products are not consumed twice.
+  const Tiles tiles((args.count + blocks - 1) / blocks, Product::TileBytes(*args.layout));
+  alignas(64) TileSums sums;
+  for (size_t next = 0; next < args.count;) {
+    const size_t last = args.count - tiles.tokens(), first = next < last ? next : last;
+    Product::Tiled(tiles, w, *args.layout, *args.rows, row(first), prefetch, sums);
+    prefetch.at += prefetch.lines_per_step * kRowBytes * steps;
+    for (; next < first + tiles.tokens(); ++next) {
+      F32 left[1] = {F32::Load(sums[next - first][0])};
+      F32 right[1] = {F32::Load(sums[next - first][1])};
+      consume(next, Size<1>{}, left, right);
+    }
+  }
+}
+#else
 template <class Product, class Row, class Consume>
 inline void MultiplyWide(const PairArgs& args, const Row& row, const Consume& consume) {
   const Unpacked w = UnpackPair<Product>(args);
   const size_t steps = args.layout->padded_cols / Product::kInputsPerStep;
-  Prefetch prefetch{args.first + 2 * args.layout->panel_bytes, 0};
-  if (args.has_next) {
-    const size_t passes = (args.count + kTokenBlock - 1) / kTokenBlock;
-    prefetch.lines_per_step = 2 * args.layout->panel_bytes / kRowBytes / (passes * steps) + 1;
-  }
+  const size_t passes = (args.count + kTokenBlock - 1) / kTokenBlock;
+  Prefetch prefetch = PrefetchNext(args, passes * steps);
   ForTokenBlocks<(kTokenBlock + 1) / 2>(args.count, [&](size_t first, auto size) {
     constexpr int M = decltype(size)::kValue;
     const uint8_t* a[M];
@@ -182,6 +223,7 @@ inline void MultiplyWide(const PairArgs& args, const Row& row, const Consume& co
     consume(first, size, left, right);
   });
 }
+#endif
 
 // Calls consume(first token, Size<M>, F32 (&)[M], F32 (&)[M]) with the products of both panels.
 // `row(i)` is where the i-th token's activations are.

@@ -4,12 +4,22 @@
 #include <stdint.h>
 #include <string.h>
 
-// 16 lanes as two 256-bit registers. Needs AVX2, FMA. The words are explained in simd/scalar.hpp.
+// 16 lanes as two 256-bit registers. Needs AVX2, FMA; the int8 products take VNNI where the
+// translation unit is built with it: as AVX-VNNI, or in the encoding of AVX-512VL, which is the
+// same instruction on processors without AVX-VNNI. The words are explained in simd/scalar.hpp.
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define KT_HAS_VNNI256 1
+#endif
+
 namespace kt::KT_ISA {
 namespace {
 
 constexpr int kTokenBlock = 3;
+#ifdef KT_HAS_VNNI256
+constexpr int kInt8Offset = 128;  // vpdpbusd multiplies unsigned by signed: weights become w + 128
+#else
 constexpr int kInt8Offset = 0;
+#endif
 
 struct F32 {
   __m256 lo, hi;
@@ -121,6 +131,21 @@ inline int32_t FourBytes(const void* p) {
   return x;
 }
 
+#ifdef KT_HAS_VNNI256
+inline __m256i DotBytes(__m256i acc, __m256i w, __m256i a) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(acc, w, a);
+#else
+  return _mm256_dpbusd_epi32(acc, w, a);
+#endif
+}
+// `w` holds w + kInt8Offset as unsigned bytes: see format/int8.hpp.
+inline I32 DotI8(I32 acc, I32 w, const void* a) {
+  const __m256i x = _mm256_set1_epi32(FourBytes(a));
+  return {DotBytes(acc.lo, w.lo, x), DotBytes(acc.hi, w.hi, x)};
+}
+inline I32 DotU8(I32 acc, I32 w, const void* a) { return DotI8(acc, w, a); }
+#else
 inline __m256i AddPairs(__m256i acc, __m256i products16) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(products16, _mm256_set1_epi16(1)));
 }
@@ -137,6 +162,7 @@ inline I32 DotU8(I32 acc, I32 w, const void* a) {
   return {AddPairs(acc.lo, _mm256_maddubs_epi16(w.lo, x)),
           AddPairs(acc.hi, _mm256_maddubs_epi16(w.hi, x))};
 }
+#endif
 
 inline F32 DotBf16(F32 acc, I32 w, const void* a) {
   const int32_t pair = FourBytes(a);
