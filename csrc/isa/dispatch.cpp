@@ -10,9 +10,10 @@ const Isa& SelectIsa(std::string_view name) {
   for (const Isa& isa : AllIsas()) {
     if (name.empty() ? isa.is_supported() : name == isa.name) {
       if (isa.is_supported()) return isa;
-      throw std::runtime_error("instruction set '" + std::string(name) +
-                               "' is not supported by this CPU, or its operating system refuses it; run "
-                               "`kt doctor` to see which are");
+      throw std::runtime_error(
+          "instruction set '" + std::string(name) +
+          "' is not supported by this CPU, or its operating system refuses it; run "
+          "`kt doctor` to see which are");
     }
     known += (known.empty() ? "" : ", ") + std::string(isa.name);
   }
