@@ -27,11 +27,14 @@ ASAN_TESTS = ("-k", "not memory", "tests/kernels", "tests/unit/test_hardware_cpu
 # Else `python -c` in a test would import the source tree, which has no compiled extensions.
 TEST_ENV = {"PYTHONSAFEPATH": "1"}
 # What the kernels of an instruction set need, in the words of /proc/cpuinfo.
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 ISA_FLAGS = {
     "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx512_vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"},
+    "avx_vnni": {"avx2", "fma", "avx_vnni"},
+    "avx512": AVX512,
+    "avx512_vnni": AVX512 | {"avx512_vnni"},
+    "avx512_bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "amx": AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
 }
 
 
@@ -57,13 +60,17 @@ def expected_isas() -> list[str]:
     """Return ``KT_EXPECT_ISAS``, or what Linux says this processor has."""
     if named := os.environ.get("KT_EXPECT_ISAS"):
         return named.split(",")
-    isas = ["scalar"]
+    flags = cpu_flags()
+    return ["scalar", *(isa for isa, needed in ISA_FLAGS.items() if needed <= flags)]
+
+
+def cpu_flags() -> set[str]:
+    """Return the features that Linux reports; none on another processor than x86-64."""
     cpuinfo = Path("/proc/cpuinfo")
-    if platform.machine() == "x86_64" and cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-        isas += [isa for isa, needed in ISA_FLAGS.items() if needed <= flags]
-    return isas
+    if platform.machine() != "x86_64" or not cpuinfo.is_file():
+        return set()
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 @nox.session(default=False)
@@ -119,7 +126,8 @@ def format_files(session: nox.Session) -> None:
 
 def cpp_files() -> list[str]:
     """Return every C++ file."""
-    return sorted(str(path) for path in Path("csrc").rglob("*.?pp"))
+    folders = (Path("csrc"), Path("tests/isa"))
+    return sorted(str(path) for folder in folders for path in folder.rglob("*.?pp"))
 
 
 @needs_env
@@ -140,6 +148,24 @@ def isa(session: nox.Session) -> None:
     session.run(*pytest, "tests/kernels", env=expect)
     for name in isas:
         session.run(*pytest, "tests/contract", env={**expect, "KT_FORCE_ISA": name})
+
+
+@needs_env
+def amx(session: nox.Session) -> None:
+    """Prove the kernels for AMX and AVX-VNNI on a processor with AVX-512: see tests/isa."""
+    if missing := ISA_FLAGS["avx512_bf16"] - cpu_flags():
+        session.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    target = (BUILD / "amx" / "packages").resolve()
+    shutil.rmtree(target, ignore_errors=True)
+    defines = build_options("amx", KT_TEST_ISAS="ON", KT_WARNINGS_AS_ERRORS="ON")
+    pip = (program(session, "python"), "-m", "pip", "install", "--quiet", "--no-deps")
+    session.run(*pip, *defines, "--target", str(target), ".")
+    session.run(program(session, "python"), "tools/check_symbols.py", str(BUILD / "amx"))
+    pytest = (program(session, "pytest"), "-q", *QUICK)
+    environment = {**TEST_ENV, "PYTHONPATH": str(target)}
+    session.run(*pytest, *(session.posargs or ["tests/isa"]), env=environment)
+    if not session.posargs:  # and what every instruction set must pass
+        session.run(*pytest, "tests/kernels", "-k", "amx or vnni", env=environment)
 
 
 @needs_env
