@@ -138,7 +138,7 @@ class ScaleType(StrEnum):
     FLOAT32 = "float32"
     BF16 = "bf16"
     E8M0 = "e8m0"
-    """A power of two, 2^-126 to 2^127 (OCP Microscaling Formats 1.0)."""
+    """A power of two, 2^-127 (which counts as 0) to 2^127 (OCP Microscaling Formats 1.0)."""
     E4M3 = "e4m3"
     """Not negative; a float32 scale for each output multiplies those of its groups (NVFP4)."""
 

@@ -22,7 +22,8 @@
 //
 // Where scales are e5m3 the panel begins with 16 float32, a scale for each output, which multiplies
 // those of its groups. An e5m3 is an e4m3 scale with a wider exponent, of bias 10, in place of the
-// sign: it has no subnormals, which would need a branch. Its 0 stands for a group of zeros.
+// sign: it has no subnormals, which would need a branch. Its 0 stands for a group of zeros, and so
+// does that of e8m0, 2^-127.
 //
 // One 64-byte row of weights holds, for each of the 16 outputs in turn, 4 bytes of consecutive
 // inputs: 2 bfloat16, 4 int8 or fp8, 8 int4 or fp4; in which order, csrc/format/ says. Inputs

@@ -88,6 +88,7 @@ inline GroupCode QuantizeFloat(const float* x, size_t n, ScaleType type, float o
     // largest number of the element. What lies beyond that number is clamped.
     const int exponent = static_cast<int>(BitsOf(largest) >> 23) - Format::kLargestExponent;
     step = scale = FromBits(static_cast<uint32_t>(exponent < 1 ? 1 : exponent) << 23);
+    if (largest == 0) scale = FromBits(1u << 22);  // 2^-127, the least there is
   } else if (type == ScaleType::kE4m3) {
     const float wanted = output_scale > 0 ? largest / Format::kLargest / output_scale : 0.0f;
     scale = RoundE4m3(ClampTo(wanted, 0.0f, kLargestE4m3));

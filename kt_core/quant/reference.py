@@ -155,6 +155,7 @@ def _float(
     if weight_format.scale is ScaleType.E8M0:
         exponent = (peak.view(torch.int32) >> 23) - LARGEST_EXPONENT[element]
         scale = (exponent.clamp(min=1) << 23).view(torch.float32)
+        scale = torch.where(peak > 0, scale, 2.0**-127)  # the least there is
         step = scale
     elif weight_format.scale is ScaleType.E4M3:
         outputs = peak.amax(dim=1, keepdim=True) / (largest * LARGEST[Element.FP8])

@@ -110,16 +110,15 @@ SCALE_TYPES = {
 
 def read_scales(raw: NDArray[np.generic], kind: ScaleType | None) -> NDArray[np.generic]:
     """One-byte scales: an exponent of bias 127, or e5m3 with bias 10 (zero means zero)."""
-    bits = raw.astype(np.uint32)
     match kind:
         case ScaleType.BF16:
-            return (bits << 16).view(np.float32)
+            return (raw.astype(np.uint32) << 16).view(np.float32)
         case ScaleType.E8M0:
-            return (bits << 23).view(np.float32)
+            return np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
         case ScaleType.E4M3:
-            exponent = (bits >> 3).astype(np.int32) - 10
-            value = np.ldexp(1 + (bits & 7) / 8, exponent).astype(np.float32)
-            return np.where(bits == 0, np.float32(0), value)
+            exponent = (raw >> 3).astype(np.int32) - 10
+            value = np.ldexp(1 + (raw & 7) / 8, exponent).astype(np.float32)
+            return np.where(raw == 0, np.float32(0), value)
     return raw
 
 
@@ -141,10 +140,9 @@ def take_panel(raw: Bytes, weight_format: Format, cols: int) -> Matrix:
         header = raw.take(block * (scale_bytes + zero_bytes), "u1")
         split = block * scale_bytes
         if scale_bytes:
-            read = header[:split].view(SCALE_TYPES[weight_format.scale]).reshape(block, 16)
-            read = read_scales(read, weight_format.scale)
-            scales.extend(read[: last - first])
-            assert not read[last - first :].any(), "padding holds something"
+            stored = header[:split].view(SCALE_TYPES[weight_format.scale]).reshape(block, 16)
+            scales.extend(read_scales(stored[: last - first], weight_format.scale))
+            assert not stored[last - first :].any(), "padding holds something"
         if zero_bytes:
             points = header[split:].reshape(block, 16)
             zeros[:, first:last] = points[: last - first].T
@@ -168,7 +166,7 @@ def take_codes(raw: Bytes, weight_format: Format, cols: int) -> NDArray[np.int32
             lanes = raw.take(cols * 16, "u1").reshape(-1, 16, 4)[..., [0, 2, 1, 3]]
             lanes = lanes.astype(np.int32)
         case Element.FP4:
-            halves = raw.take(cols * 8, "<u2").reshape(-1, 16, 2).astype(np.int32)
+            halves = raw.take(cols * 4, "<u2").reshape(-1, 16, 2).astype(np.int32)
             nibbles = [halves >> shift & 15 for shift in (0, 4, 8, 12)]
             lanes = np.stack(nibbles, axis=-2).reshape(-1, 16, 8)
     return lanes.transpose(1, 0, 2).reshape(16, cols)
