@@ -14,6 +14,8 @@
 #include "tile/stream.hpp"
 #include "tile/wide.hpp"
 
+#include "tile/peak.hpp"
+
 #include "moe/panel-inl.hpp"
 
 #include "moe/activation-inl.hpp"
@@ -26,5 +28,5 @@
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray};
+const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray, Peak, Read};
 }  // namespace kt::KT_ISA

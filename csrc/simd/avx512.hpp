@@ -71,6 +71,9 @@ inline F32 AsF32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 
 inline I32 AsI32(F32 a) { return {_mm512_castps_si512(a.v)}; }
 
+inline void Hide(I32& a) { asm volatile("" : "+v"(a.v)); }
+inline void Hide(F32& a) { asm volatile("" : "+v"(a.v)); }
+
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 inline __m512i Broadcast4(const void* p) {
