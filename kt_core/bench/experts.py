@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, median
 
 from kt_core.bench.layers import PackedLayers, choose_layers
+from kt_core.bench.routing import Call
+from kt_core.bench.timing import Clock, repeat
 from kt_core.interfaces import Backend, Progress, WeightFormat, no_progress
 from kt_core.types import ActivationPrecision, Limits, MoeSpec
-
-Clock = Callable[[], float]
-
-_FEWEST_CALLS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,15 +150,14 @@ def time_layers(
     """Call the layers in turn, with random routing, for about ``seconds``."""
     hidden = layers.hidden(tokens)
     rel_error = layers.relative_error(layers.next_call(tokens), hidden)  # and a call to warm up
-    times: list[float] = []
     active: list[int] = []
-    end = clock() + seconds
-    while len(times) < _FEWEST_CALLS or clock() < end:
+
+    def prepare() -> Call:
         call = layers.next_call(tokens)
-        start = clock()
-        layers.compute(call, hidden)
-        times.append(clock() - start)
         active.append(call.num_active)
+        return call
+
+    times = repeat(prepare, lambda c: layers.compute(c, hidden), seconds=seconds, clock=clock)
     precision = layers.kernels[0].precision_for(hidden.dtype)
     return Timing(
         weight_format=layers.weight_format.descriptor.name,

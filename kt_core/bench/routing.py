@@ -45,16 +45,18 @@ class Routing:
         layer, self._layer = self._layer, (self._layer + 1) % len(self._order)
         shape = tokens, self._num_experts
         drawn = torch.rand(shape, generator=self._generator).argsort(dim=1)[:, : self._top_k]
-        labels, index = drawn.unique(return_inverse=True)
-        first = self._next[layer]
-        walk = (torch.arange(len(labels)) + first) % self._num_experts
-        self._next[layer] = (first + len(labels)) % self._num_experts
+        is_drawn = torch.zeros(self._num_experts, dtype=torch.int64).index_fill_(
+            0, drawn.flatten(), 1
+        )
+        num_active, first = int(is_drawn.sum()), self._next[layer]
+        walk = (is_drawn.cumsum(0) - 1 + first) % self._num_experts  # of those that are drawn
+        self._next[layer] = (first + num_active) % self._num_experts
         weights = torch.rand(tokens, self._top_k, generator=self._generator) + 0.1
         return Call(
             layer=layer,
-            expert_ids=self._order[layer][walk][index],
+            expert_ids=self._order[layer][walk[drawn]],
             weights=weights / weights.sum(1, keepdim=True),
-            num_active=len(labels),
+            num_active=num_active,
         )
 
     def _shuffled(self) -> torch.Tensor:
