@@ -23,11 +23,13 @@ import sys
 import venv
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 KT_KERNEL = "kt-kernel==0.7.2"
+KT_KERNEL_NEEDS = "gguf"  # it is imported, whatever is computed
 # What a format of ours is compared with: methods of kt-kernel, which weigh as much or less, torch.
 PEERS = {
     "int4": ("RAWINT4", "AMXINT4"),
@@ -177,7 +179,7 @@ class KtKernel(Other):
     def __init__(self, options: argparse.Namespace) -> None:
         """Let the wheel pack its layers."""
         import torch
-        from kt_kernel import kt_kernel_ext
+        from kt_kernel import kt_kernel_ext  # type: ignore[import-not-found]
 
         super().__init__(options)
         torch.set_num_threads(1)
@@ -186,7 +188,8 @@ class KtKernel(Other):
         self.cpu = kt_kernel_ext.CPUInfer(options.threads)
         experts = range(options.experts)
         order = torch.arange(options.experts, dtype=torch.int64)
-        self.layers, self.kept = [], []
+        self.layers: list[tuple[Any, Any]] = []
+        self.kept: list[Any] = []  # until the wheel has packed it
         for layer in range(self.num_layers):
             config = kt_kernel_ext.moe.MOEConfig(
                 options.experts, options.top_k, options.hidden, options.intermediate, 0
@@ -323,8 +326,8 @@ def peer_python(folder: Path) -> str:
             f"import site; site.addsitedir({path!r})" for path in dict.fromkeys(paths)
         )
         (packages / "zz_parent.pth").write_text(lines + "\n", encoding="utf-8")
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", KT_KERNEL]
-        subprocess.run(pip, check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, KT_KERNEL, KT_KERNEL_NEEDS], check=True)
     return str(python)
 
 
@@ -337,9 +340,11 @@ def compare(options: argparse.Namespace, threads: int, weight_format: str) -> li
     names = [n for n in PEERS.get(weight_format, ()) if not options.peer or n in options.peer]
     for name in names:
         python = sys.executable if name == "torch" else peer_python(options.venv)
-        kt = Player(sys.executable, f"kt:{weight_format}", threads, shared)
-        peer = Player(python, name, threads, shared)
-        try:
+        with ExitStack() as stack:
+            kt = Player(sys.executable, f"kt:{weight_format}", threads, shared)
+            stack.callback(kt.close)
+            peer = Player(python, name, threads, shared)
+            stack.callback(peer.close)
             for tokens in options.tokens:
                 pairs = [
                     (kt.measure(tokens, options.seconds), peer.measure(tokens, options.seconds))
@@ -357,9 +362,6 @@ def compare(options: argparse.Namespace, threads: int, weight_format: str) -> li
                 rows.append(row)
                 text = "{format} against {peer}, {threads} threads, {tokens} tokens: {kt_us} us, "
                 sys.stderr.write((text + "{peer_us} us, ratio {ratio}\n").format(**row))
-        finally:
-            kt.close()
-            peer.close()
     return rows
 
 
