@@ -101,7 +101,7 @@ def experts(
     batch_sizes = _numbers("--tokens", tokens)
     thread_counts = [None] if threads is None else _numbers("--threads", threads, _MOST_THREADS)
     spec = MoeSpec(num_experts=num_experts, hidden_size=hidden, intermediate_size=intermediate)
-    layer_count = None if layers == "auto" else _numbers("--layers", layers)[0]
+    layer_count = _layer_count(layers)
     backend, info = registry.find_device(device)
     chosen = _formats(registry, backend, info.name, formats)
     with progress_bar("starting") as progress:
@@ -125,6 +125,15 @@ def experts(
         print_json(describe(reports))
     else:
         _show(reports, request)
+
+
+def _layer_count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if text.isascii() and text.isdecimal() and int(text) >= 1:
+        return int(text)
+    msg = f"--layers takes whole numbers from 1, or auto; got {text!r}"
+    raise InvalidRequestError(msg)
 
 
 def _numbers(option: str, text: str, most: int = 1 << 30) -> list[int]:
