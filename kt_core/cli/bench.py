@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,24 +103,25 @@ def experts(
     spec = MoeSpec(num_experts=num_experts, hidden_size=hidden, intermediate_size=intermediate)
     layer_count = _layer_count(layers)
     backend, info = registry.find_device(device)
-    chosen = _formats(registry, backend, info.name, formats)
     with progress_bar("starting") as progress:
         from kt_core.bench.experts import Request, measure_experts  # torch: seconds
 
         request = Request(
             spec=spec,
             top_k=top_k,
-            formats=chosen,
+            formats=_formats(registry, backend, info.name, formats),
             tokens=batch_sizes,
             layers=layer_count,
             precision=precision,
             seconds=seconds,
         )
-        _warn_of_cached_weights(backend, info.name, request)
+        request, remarks = _check(backend, info.name, request, is_all=formats == "all")
         reports = [
             measure_experts(backend, info.name, count, request, progress=progress)
             for count in thread_counts
         ]
+    for text in remarks:
+        remark(text)
     if as_json:
         print_json(describe(reports))
     else:
@@ -161,19 +162,36 @@ def _formats(registry: Registry, backend: Backend, device: str, text: str) -> li
     return list(dict.fromkeys(chosen))
 
 
-def _warn_of_cached_weights(backend: Backend, device: str, request: Request) -> None:
+def _check(
+    backend: Backend, device: str, request: Request, *, is_all: bool
+) -> tuple[Request, list[str]]:
+    """Return the request, without formats that lack the precision if all are meant, and remarks.
+
+    What cannot be measured is refused here, before an hour of measuring.
+    """
     from kt_core.bench.layers import COLD_FACTOR, choose_layers
 
+    possible, remarks = [], []
     with backend.open(device, threads=1) as opened:
         for weight_format in request.formats:
-            size = opened.expert_bytes(request.spec, weight_format.descriptor)
+            descriptor = weight_format.descriptor
+            try:
+                opened.expert_kernel(request.spec, descriptor, precision=request.precision)
+            except UnsupportedFormatError as error:
+                if not is_all:
+                    raise
+                remarks.append(f"left out: {error}")
+                continue
+            possible.append(weight_format)
+            size = opened.expert_bytes(request.spec, descriptor)
             sizes = choose_layers(request.spec, size, request.layers)
             if not sizes.is_cold:
-                remark(
-                    f"{weight_format.descriptor.name}: {sizes.weight_bytes / 1e6:.0f} MB of weights"
-                    f" are less than {COLD_FACTOR} times the cache of "
-                    f"{sizes.cache_bytes / 1e6:.0f} MB, which may serve some of them"
+                remarks.append(
+                    f"{descriptor.name}: {sizes.weight_bytes / 1e6:.1f} MB of weights are less "
+                    f"than {COLD_FACTOR} times the cache of {sizes.cache_bytes / 1e6:.1f} MB, "
+                    "which may serve some of them"
                 )
+    return replace(request, formats=possible), remarks
 
 
 def describe(reports: list[Report]) -> dict[str, Any]:

@@ -63,6 +63,14 @@ def test_all_formats(kt: Kt) -> None:
     assert sorted(row["format"] for row in report["results"]) == cpu["devices"][0]["formats"]
 
 
+def test_all_formats_that_have_the_precision(kt: Kt) -> None:
+    outcome = kt(*QUICK, "--json", "--format", "all", "--precision", "int8", "--threads", "1")
+    formats = {row["format"] for row in json.loads(outcome.succeeds())["results"]}
+    assert "int8" in formats
+    assert "bf16" not in formats
+    assert "left out: format 'bf16' has no int8 activations" in outcome.err
+
+
 def test_accurate_activations(kt: Kt) -> None:
     errors = {
         precision: report_of(kt, "--format", "int8", "--precision", precision)["results"]
