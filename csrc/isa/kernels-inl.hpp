@@ -14,8 +14,6 @@
 #include "tile/stream.hpp"
 #include "tile/wide.hpp"
 
-#include "tile/peak.hpp"
-
 #include "moe/panel-inl.hpp"
 
 #include "moe/activation-inl.hpp"
@@ -25,6 +23,8 @@
 #include "moe/forward-inl.hpp"
 
 #include "moe/pack-inl.hpp"
+
+#include "tile/peak.hpp"
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;

@@ -113,9 +113,6 @@ inline F32 AsF32(I32 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps
 
 inline I32 AsI32(F32 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 
-inline void Hide(I32& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
-inline void Hide(F32& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
-
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 inline int32_t FourBytes(const void* p) {
@@ -153,6 +150,9 @@ template <bool kIsSigned>
 inline I32 Dot(I32 acc, I32 w, const void* a) {
   return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
+
+inline void Hide(I32& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
+inline void Hide(F32& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
 
 }  // namespace
 }  // namespace kt::KT_ISA

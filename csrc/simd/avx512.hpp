@@ -71,9 +71,6 @@ inline F32 AsF32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 
 inline I32 AsI32(F32 a) { return {_mm512_castps_si512(a.v)}; }
 
-inline void Hide(I32& a) { asm volatile("" : "+v"(a.v)); }
-inline void Hide(F32& a) { asm volatile("" : "+v"(a.v)); }
-
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 inline __m512i Broadcast4(const void* p) {
@@ -120,6 +117,9 @@ template <bool kIsSigned>
 inline I32 Dot(I32 acc, I32 w, const void* a) {
   return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
+
+inline void Hide(I32& a) { asm volatile("" : "+v"(a.v)); }
+inline void Hide(F32& a) { asm volatile("" : "+v"(a.v)); }
 
 }  // namespace
 }  // namespace kt::KT_ISA

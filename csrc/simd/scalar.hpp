@@ -122,10 +122,6 @@ inline I32 AsI32(F32 a) {
 }
 #undef KT_LANES
 
-// The compiler no longer knows the value: for tile/peak.hpp, whose loops it would else see through.
-inline void Hide(I32& a) { asm volatile("" : "+m"(a)); }
-inline void Hide(F32& a) { asm volatile("" : "+m"(a)); }
-
 // bfloat16 `even` in the low and `odd` in the high half of each lane; both must be exact.
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
@@ -155,6 +151,10 @@ template <bool kIsSigned>
 inline I32 Dot(I32 acc, I32 w, const void* a) {
   return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
+
+// The compiler no longer knows the value: for tile/peak.hpp, whose loops it would else see through.
+inline void Hide(I32& a) { asm volatile("" : "+m"(a)); }
+inline void Hide(F32& a) { asm volatile("" : "+m"(a)); }
 
 }  // namespace
 }  // namespace kt::KT_ISA
