@@ -6,7 +6,7 @@ from kt_core.interfaces.backend import Backend, ExpertDevice
 from kt_core.interfaces.expert_kernel import ExpertKernel, ExpertWeights, Ticket
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
-from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat
+from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat, stored_parts
 
 __all__ = [
     "Backend",
@@ -21,4 +21,5 @@ __all__ = [
     "Ticket",
     "WeightFormat",
     "no_progress",
+    "stored_parts",
 ]
