@@ -35,7 +35,7 @@ PEERS = {
     "int4": ("RAWINT4", "AMXINT4"),
     "int8": ("AMXINT8",),
     "bf16": ("BF16", "torch"),
-    "fp8": ("FP8_PERCHANNEL",),
+    "fp8-channel": ("FP8_PERCHANNEL",),
 }
 # The AMX classes have code for AVX-512, too.
 KT_KERNEL_CLASSES = {
