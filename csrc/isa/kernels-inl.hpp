@@ -32,7 +32,9 @@
 
 #include "moe/pack-inl.hpp"
 
+#include "tile/peak.hpp"
+
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray};
+const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray, Peak, Read};
 }  // namespace kt::KT_ISA

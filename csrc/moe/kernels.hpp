@@ -4,7 +4,7 @@
 
 #include "format/layout.hpp"
 
-// What each ISA provides: five functions over plain structs. They allocate nothing, throw nothing
+// What each ISA provides: functions over plain structs. They allocate nothing, throw nothing
 // and read no environment; shapes have been checked before they are called.
 namespace kt {
 
@@ -147,6 +147,11 @@ struct Kernels {
   void (*down)(const DownArgs&);
   bool (*pack)(const PackArgs&);  // false: a weight or a scale is NaN or infinite
   void (*activate)(const Activation&, const float* gate, const float* up, float* out, size_t n);
+  // Products of this precision on registers alone, many times; returns how many operations that
+  // were, a multiply-add being two. And `bytes` read as that many (1, 2, 4) streams at once;
+  // returns how many bytes were. For hardware/limits.hpp.
+  size_t (*peak)(Precision precision, size_t repetitions);
+  size_t (*read)(const uint8_t* from, size_t bytes, size_t streams);
 };
 
 }  // namespace kt
