@@ -35,7 +35,9 @@
 
 #include "moe/pack-inl.hpp"
 
+#include "tile/peak.hpp"
+
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray, kStagedRows};
+const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray, kStagedRows, Peak, Read};
 }  // namespace kt::KT_ISA
