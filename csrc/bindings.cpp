@@ -30,7 +30,7 @@ struct Device {
 
 struct Ticket {
   std::shared_ptr<kt::ExpertLayer> layer;  // outlives the job
-  std::shared_ptr<kt::ForwardJob> job;
+  std::shared_ptr<kt::Job> job;
 
   void Wait() {
     const py::gil_scoped_release release;
@@ -153,7 +153,23 @@ void BindLayer(py::module_& m) {
           },
           py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
           py::arg("expert_ids"), py::arg("weights"), py::arg("out"), py::arg("tokens"),
-          py::arg("top_k"));
+          py::arg("top_k"))
+      .def(
+          "submit_backward",
+          [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
+             kt::Precision precision, uintptr_t ids, uintptr_t weights, size_t tokens, size_t top_k,
+             uintptr_t grad_out, uintptr_t grad_hidden, uintptr_t grad_weights) {
+            auto ticket = std::make_shared<Ticket>();
+            ticket->layer = layer;
+            ticket->job = layer->SubmitBackward(
+                {Pointer<const void>(hidden), type, precision, Pointer<const int64_t>(ids),
+                 Pointer<const float>(weights), tokens, top_k, Pointer<const void>(grad_out),
+                 Pointer<void>(grad_hidden), Pointer<float>(grad_weights)});
+            return ticket;
+          },
+          py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
+          py::arg("expert_ids"), py::arg("weights"), py::arg("tokens"), py::arg("top_k"),
+          py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"));
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "format/int8.hpp"
 #include "moe/kernels.hpp"
 #include "tile/stream.hpp"
+#include "tile/transpose.hpp"
 #include "tile/wide.hpp"
 
 #include "moe/panel-inl.hpp"
@@ -22,9 +23,12 @@
 
 #include "moe/forward-inl.hpp"
 
+#include "moe/backward-inl.hpp"
+
 #include "moe/pack-inl.hpp"
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray};
+const Kernels kKernels = {Prepare,         GateUp,         Down, Pack, Transposed,
+                          ActivationGrad, ActivateArray};
 }  // namespace kt::KT_ISA
