@@ -77,6 +77,20 @@ class ExpertLayer:
         tokens: int,
         top_k: int,
     ) -> Ticket: ...
+    def submit_backward(
+        self,
+        *,
+        hidden: int,
+        type: DType,
+        precision: Precision,
+        expert_ids: int,
+        weights: int,
+        tokens: int,
+        top_k: int,
+        grad_out: int,
+        grad_hidden: int,
+        grad_weights: int,
+    ) -> Ticket: ...
 
 def isas() -> list[tuple[str, bool]]: ...
 def select_isa(name: str) -> str: ...

@@ -29,6 +29,5 @@
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare,         GateUp,         Down, Pack, Transposed,
-                          ActivationGrad, ActivateArray};
+const Kernels kKernels = {Prepare, GateUp, Down, Pack, Transposed, ActivationGrad, ActivateArray};
 }  // namespace kt::KT_ISA

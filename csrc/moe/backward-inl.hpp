@@ -94,9 +94,7 @@ struct Slope {
 };
 
 // 1 where x <= limit, else 0: what torch's clamp lets through, its bounds included.
-inline F32 NotAbove(F32 x, F32 limit) {
-  return IfLess(limit, x, F32::Set(0.0f), F32::Set(1.0f));
-}
+inline F32 NotAbove(F32 x, F32 limit) { return IfLess(limit, x, F32::Set(0.0f), F32::Set(1.0f)); }
 
 // 1 - tanh(x)^2, without cancelling where tanh is near 1.
 inline F32 TanhSlope(F32 x) {

@@ -10,8 +10,7 @@ namespace kt {
 BackwardJob::BackwardJob(ExpertLayer& layer, const TrainingArgs& args) : TrainingJob(layer, args) {
   const ExpertLayout& e = layout();
   const size_t pairs = pairs_.tokens.size(), matrices = e.has_gate ? 2 : 1;
-  grad_precision_ =
-      args.precision == Precision::kFloat32 ? Precision::kFloat32 : Precision::kBf16;
+  grad_precision_ = args.precision == Precision::kFloat32 ? Precision::kFloat32 : Precision::kBf16;
   const MatrixLayout down = TransposedLayout(e.down, 1), up = TransposedLayout(e.up, 1);
   grad_out_rows_ = MakeActivationRows(grad_precision_, down, kHiddenGroup);
   grad_inter_rows_ = MakeActivationRows(grad_precision_, up, kHiddenGroup);
@@ -31,9 +30,7 @@ BackwardJob::BackwardJob(ExpertLayer& layer, const TrainingArgs& args) : Trainin
 void BackwardJob::Run(size_t phase, size_t chunk) noexcept {
   const Range units = Units(phase, chunk);
   switch (phase) {
-    case 0:
-      PrepareHidden(units);
-      return PrepareGradOut(units);
+    case 0: PrepareHidden(units); return PrepareGradOut(units);
     case 1:
       return ForExpertPanels(units, [&](const PairGroups::Active& active, Range panels) {
         RawGateUp(active, panels);
@@ -74,9 +71,9 @@ void BackwardJob::ActivationGrads(const PairGroups::Block& block) noexcept {
   const ExpertLayout& e = layout();
   const size_t expert = pairs_.active[block.active].expert;
   for (size_t i = block.first; i < block.first + block.count; ++i) {
-    float grad_weight = kernels().activation_grad(
-        {layer_.spec().activation, inter_stride_, pairs_.weights[i], Row(buffers_.grad_inter, i),
-         Row(gate(), i), Row(buffers_.up, i), nullptr});
+    float grad_weight = kernels().activation_grad({layer_.spec().activation, inter_stride_,
+                                                   pairs_.weights[i], Row(buffers_.grad_inter, i),
+                                                   Row(gate(), i), Row(buffers_.up, i), nullptr});
     if (e.has_bias) grad_weight += BiasGrad(expert, static_cast<size_t>(pairs_.tokens[i]));
     args_.grad_weights[pairs_.slots[i]] = grad_weight;
   }
@@ -109,8 +106,7 @@ float BackwardJob::BiasGrad(size_t expert, size_t token) const noexcept {
 void BackwardJob::GradHidden(Range panels) noexcept {
   const ExpertLayout& e = layout();
   const size_t matrices = e.has_gate ? 2 : 1;
-  uint8_t* scratch =
-      TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.up, matrices));
+  uint8_t* scratch = TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.up, matrices));
   ClearOut(panels);
   for (const PairGroups::Active& active : pairs_.active) {
     const uint8_t* up = Weights(active.expert) + e.UpPanel(0);

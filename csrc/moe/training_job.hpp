@@ -54,9 +54,7 @@ class TrainingJob : public Job {
     return buffer.data() + pair * inter_stride_;
   }
   // Of ungated experts, what stands for the gate's output is that of up.
-  std::vector<float>& gate() {
-    return layer_.layout_.has_gate ? buffers_.gate : buffers_.up;
-  }
+  std::vector<float>& gate() { return layer_.layout_.has_gate ? buffers_.gate : buffers_.up; }
 
   const ExpertLayout& layout() const { return layer_.layout_; }
   const Kernels& kernels() const { return layer_.kernels_; }

@@ -125,8 +125,8 @@ inline I32 AsI32(F32 a) {
 // bfloat16 `even` in the low and `odd` in the high half of each lane; both must be exact.
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
-// Lanes n and n + 1 of `low` as bfloat16 in lane n / 2, those of `high` in lane 8 + n / 2; rounded to
-// nearest, ties to even.
+// Lanes n and n + 1 of `low` as bfloat16 in lane n / 2, those of `high` in lane 8 + n / 2; rounded
+// to nearest, ties to even.
 inline I32 PackBf16(F32 low, F32 high) {
   uint16_t halves[32];
   for (int i = 0; i < 32; ++i) {

@@ -1,5 +1,5 @@
-// Packed panels with inputs and outputs exchanged, for products that sum over the outputs: lanes are
-// 16 inputs, and what was the panel's lane becomes the position in the row.
+// Packed panels with inputs and outputs exchanged, for products that sum over the outputs: lanes
+// are 16 inputs, and what was the panel's lane becomes the position in the row.
 namespace kt::KT_ISA {
 namespace {
 
@@ -20,8 +20,7 @@ template <class Format>
 inline void DequantizeBlock(const uint8_t* panel, const InputBlock& at, ScaleType type,
                             F32 (&values)[kPanel]) {
   const F32 scale = LoadScales(panel + at.scales, type);
-  const F32 zero =
-      Format::kHasZeroPoint ? ToF32(I32::LoadU8(panel + at.zeros)) : F32::Set(0.0f);
+  const F32 zero = Format::kHasZeroPoint ? ToF32(I32::LoadU8(panel + at.zeros)) : F32::Set(0.0f);
   constexpr int V = Format::kValuesPerRow;
 #pragma GCC unroll 8
   for (int r = 0; r < static_cast<int>(kPanel) / V; ++r) {

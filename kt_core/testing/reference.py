@@ -8,12 +8,18 @@ length n errs by at most ``n * u / (1 - n * u) * sum |terms|``, ``u = 2**-24``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from kt_core.interfaces import ExpertWeights, QuantizedTensor, WeightFormat
+from kt_core.interfaces import (
+    ExpertGradients,
+    ExpertWeights,
+    LoraWeights,
+    QuantizedTensor,
+    WeightFormat,
+)
 from kt_core.moe.activations import activate
 from kt_core.types import ActivationPrecision, MoeSpec
 
@@ -103,24 +109,68 @@ def forward(
 
 
 def exact(
-    layer: Layer, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    layer: Layer,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    lora: LoraWeights | None = None,
 ) -> torch.Tensor:
     """Return the output ``[tokens, hidden]`` in float64 with nothing rounded on the way.
 
     What the formula says, for those who compare float64 with float64; ``forward`` is for kernels.
+    Differentiable in hidden states, routing weights and LoRA matrices.
     """
+
+    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+        value = torch.nn.functional.linear(x, expert[name], expert.get(f"{name}_bias"))
+        a = None if lora is None else getattr(lora, f"{name}_a")
+        if lora is None or a is None:
+            return value
+        b = getattr(lora, f"{name}_b")
+        return value + lora.scale * (x @ a[index].double().T @ b[index].double().T)
+
     out = torch.zeros(hidden.shape, dtype=torch.float64)
     for index, expert in layer.experts.items():
         token, k = torch.where(expert_ids == index)
         x = hidden[token].double()
-        up = torch.nn.functional.linear(x, expert["up"], expert.get("up_bias"))
-        gate = up
-        if layer.spec.activation.is_gated:
-            gate = torch.nn.functional.linear(x, expert["gate"], expert.get("gate_bias"))
-        inner = activate(layer.spec.activation, gate, up)
-        value = torch.nn.functional.linear(inner, expert["down"], expert.get("down_bias"))
-        out.index_add_(0, token, value * weights[token, k, None].double())
+        up = project(x, "up")
+        gate = project(x, "gate") if layer.spec.activation.is_gated else up
+        value = project(activate(layer.spec.activation, gate, up), "down")
+        out = out.index_add(0, token, value * weights[token, k, None].double())
     return out
+
+
+def backward(
+    layer: Layer,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    grad_out: torch.Tensor,
+    lora: LoraWeights | None = None,
+) -> ExpertGradients:
+    """Return torch's own gradients of ``exact``, in float64 and rounded once."""
+    matrices = {} if lora is None else dict(lora_matrices(lora))
+    inputs = [t.detach().clone().requires_grad_() for t in (hidden, weights, *matrices.values())]
+    traced = None
+    if lora is not None:
+        traced = replace(lora, **dict(zip(matrices, inputs[2:], strict=True)))
+    with torch.enable_grad():
+        out = exact(layer, inputs[0], expert_ids, inputs[1], traced)
+        # Without a pair there is nothing to differentiate; 0 times everything gives zeros.
+        out = out + 0.0 * sum(t.double().sum() for t in inputs)
+        found = torch.autograd.grad(out, inputs, grad_out.double())
+    grads = None
+    if lora is not None:
+        grads = replace(lora, **dict(zip(matrices, found[2:], strict=True)))
+    return ExpertGradients(hidden=found[0], weights=found[1], lora=grads)
+
+
+def lora_matrices(lora: LoraWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and value of the matrices that are there."""
+    for field in fields(lora):
+        value = getattr(lora, field.name)
+        if isinstance(value, torch.Tensor):
+            yield field.name, value
 
 
 def _stored_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | float:

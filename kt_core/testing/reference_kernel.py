@@ -16,14 +16,18 @@ from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import (
     Backend,
     ExpertDevice,
+    ExpertGradients,
     ExpertKernel,
     ExpertWeights,
+    LoraWeights,
     Ticket,
     WeightFormat,
 )
 from kt_core.interfaces.checks import (
     check_expert,
     check_finite,
+    check_grad_out,
+    check_lora,
     check_pairs,
     check_resident,
     check_weights,
@@ -54,6 +58,8 @@ class FinishedTicket(Ticket):
 
 class ReferenceKernel(ExpertKernel):
     """Keeps the dequantised weights; computes ``reference.forward``."""
+
+    trains = True
 
     def __init__(
         self,
@@ -99,6 +105,44 @@ class ReferenceKernel(ExpertKernel):
         out, _ = reference.forward(self._layer(), hidden, expert_ids, weights, precision)
         return FinishedTicket(out.to(hidden.dtype))
 
+    def submit_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> Ticket:
+        """See ``ExpertKernel.submit_training``. Exact, whatever the precision."""
+        self._check_training(hidden, expert_ids, weights, lora)
+        with torch.no_grad():
+            out = reference.exact(self._layer(), hidden, expert_ids, weights, lora)
+        return FinishedTicket(out.to(hidden.dtype))
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        grad_out: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> ExpertGradients:
+        """See ``ExpertKernel.backward``. torch differentiates the reference, in float64."""
+        self._check_training(hidden, expert_ids, weights, lora)
+        check_grad_out(hidden, grad_out)
+        return reference.backward(self._layer(), hidden, expert_ids, weights, grad_out, lora)
+
+    def _check_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None,
+    ) -> None:
+        check_pairs(self.spec, hidden, expert_ids, weights)
+        check_resident(self.spec, self._experts, expert_ids)
+        if lora is not None:
+            check_lora(self.spec, lora)
+
     def _layer(self) -> reference.Layer:
         return reference.Layer(self.spec, self._experts)
 
@@ -108,6 +152,16 @@ class ExactKernel(ReferenceKernel):
 
     Narrower than the interface (float64 alone), for comparing modules in float64.
     """
+
+    def _check_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None,
+    ) -> None:
+        del hidden, weights, lora  # any type: gradcheck brings float64
+        check_resident(self.spec, self._experts, expert_ids)
 
     def __init__(self, spec: MoeSpec) -> None:
         """Take the layer's shape."""
@@ -159,7 +213,7 @@ class ReferenceBackend(Backend):
     def capabilities(self, device: str) -> Capabilities:
         """See ``Backend.capabilities``."""
         del device
-        return Capabilities(formats=frozenset(f.name for f in self._formats))
+        return Capabilities(formats=frozenset(f.name for f in self._formats), trains=True)
 
     def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
         """See ``Backend.open``; there is one thread, the caller's."""
