@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 
@@ -24,6 +24,7 @@ _DTYPES = {
     torch.float16: _kernels.DType.float16,
 }
 
+_PROJECTIONS = ("gate", "up", "down")
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # Address, type, strides of rows and columns in elements, addresses of scales and zero points.
@@ -81,6 +82,52 @@ class _Addresses(TypedDict):
     weights: int
     tokens: int
     top_k: int
+
+
+class _Lora:
+    """LoRA matrices as csrc/ reads them, and room for their gradients."""
+
+    def __init__(self, spec: MoeSpec, lora: LoraWeights, *, with_gradients: bool = False) -> None:
+        check_lora(spec, lora)
+        self._lora = lora
+        self.tensors: dict[str, torch.Tensor] = {}
+        for projection in _PROJECTIONS:
+            a, b = getattr(lora, f"{projection}_a"), getattr(lora, f"{projection}_b")
+            if a is None:
+                continue
+            dtype = torch.promote_types(a.dtype, b.dtype)
+            for side, matrix in (("a", a), ("b", b)):
+                _check_on_cpu(f"{projection}_{side}", matrix)
+                self.tensors[f"{projection}_{side}"] = matrix.detach().to(dtype).contiguous()
+        self._grads: dict[str, torch.Tensor] = {}
+        if with_gradients:
+            self._grads = {
+                name: torch.zeros(tensor.shape, dtype=torch.float32)
+                for name, tensor in self.tensors.items()
+            }
+
+    def addresses(self) -> _kernels.Lora:
+        gate, up, down = (self._addresses_of(projection) for projection in _PROJECTIONS)
+        return self._lora.scale, gate, up, down
+
+    def gradients(self) -> LoraWeights:
+        found: dict[str, Any] = {
+            name: grad.to(getattr(self._lora, name).dtype) for name, grad in self._grads.items()
+        }
+        return LoraWeights(scale=self._lora.scale, **found)
+
+    def _addresses_of(self, projection: str) -> _kernels.LoraMatrices | None:
+        a, b = (f"{projection}_{side}" for side in "ab")
+        if a not in self.tensors:
+            return None
+        return (
+            self.tensors[a].data_ptr(),
+            self.tensors[b].data_ptr(),
+            _DTYPES[self.tensors[a].dtype],
+            self.tensors[a].shape[1],
+            _address(self._grads.get(a)),
+            _address(self._grads.get(b)),
+        )
 
 
 class CpuTicket(Ticket):
@@ -204,15 +251,19 @@ class CpuExpertKernel(ExpertKernel):
 
         That is, float32 for float32 and float16 hidden states, bf16 for bfloat16.
         """
-        assert lora is None
         pairs = self._pairs(hidden, expert_ids, weights)
         out = torch.empty_like(pairs.hidden)
-        ticket = self._layer.submit(
-            **pairs.addresses(),
-            precision=self._training_precision(pairs.hidden.dtype),
-            out=out.data_ptr(),
+        precision = self._training_precision(pairs.hidden.dtype)
+        if lora is None:
+            ticket = self._layer.submit(
+                **pairs.addresses(), precision=precision, out=out.data_ptr()
+            )
+            return CpuTicket(ticket, out, hidden.dtype, pairs.tensors)
+        matrices = _Lora(self.spec, lora)
+        ticket = self._layer.submit_lora(
+            **pairs.addresses(), precision=precision, out=out.data_ptr(), lora=matrices.addresses()
         )
-        return CpuTicket(ticket, out, hidden.dtype, pairs.tensors)
+        return CpuTicket(ticket, out, hidden.dtype, (*pairs.tensors, *matrices.tensors.values()))
 
     def backward(
         self,
@@ -228,21 +279,24 @@ class CpuExpertKernel(ExpertKernel):
         precision is float32; sums are in float32. Quantised activations (the precision int8) are
         differentiated as if they were not rounded.
         """
-        assert lora is None
         pairs = self._pairs(hidden, expert_ids, weights)
         check_grad_out(hidden, grad_out)
+        matrices = None if lora is None else _Lora(self.spec, lora, with_gradients=True)
         grad = grad_out.detach().to(pairs.hidden.dtype).contiguous()
         grad_hidden = torch.empty_like(pairs.hidden)
         grad_weights = torch.empty_like(pairs.weights)
         self._layer.submit_backward(
             **pairs.addresses(),
             precision=self._training_precision(pairs.hidden.dtype),
+            lora=None if matrices is None else matrices.addresses(),
             grad_out=grad.data_ptr(),
             grad_hidden=grad_hidden.data_ptr(),
             grad_weights=grad_weights.data_ptr(),
         ).wait()
         return ExpertGradients(
-            hidden=grad_hidden.to(hidden.dtype), weights=grad_weights.to(weights.dtype)
+            hidden=grad_hidden.to(hidden.dtype),
+            weights=grad_weights.to(weights.dtype),
+            lora=None if matrices is None else matrices.gradients(),
         )
 
     def _pairs(

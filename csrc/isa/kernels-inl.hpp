@@ -25,9 +25,11 @@
 
 #include "moe/backward-inl.hpp"
 
+#include "moe/lora-inl.hpp"
+
 #include "moe/pack-inl.hpp"
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, Transposed, ActivationGrad, ActivateArray};
+const Kernels kKernels = {Prepare, GateUp, Down, Pack, Transposed, ActivationGrad, Gemm, ActivateArray};
 }  // namespace kt::KT_ISA

@@ -11,6 +11,7 @@
 
 #include "moe/backward_job.hpp"
 #include "moe/forward_job.hpp"
+#include "moe/lora_forward_job.hpp"
 
 namespace kt {
 
@@ -122,6 +123,13 @@ void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_
 std::shared_ptr<ForwardJob> ExpertLayer::Submit(const ForwardArgs& args) {
   CheckIds(args.expert_ids, args.tokens, args.top_k);
   auto job = std::make_shared<ForwardJob>(*this, args);
+  pool_->Submit(job);
+  return job;
+}
+
+std::shared_ptr<Job> ExpertLayer::SubmitLora(const TrainingArgs& args) {
+  CheckIds(args.expert_ids, args.tokens, args.top_k);
+  auto job = std::make_shared<LoraForwardJob>(*this, args);
   pool_->Submit(job);
   return job;
 }

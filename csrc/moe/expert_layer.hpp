@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moe/kernels.hpp"
+#include "moe/lora.hpp"
 #include "moe/pair_groups.hpp"
 #include "runtime/thread_pool.hpp"
 
@@ -34,8 +35,10 @@ struct ExpertSource {
 // Buffers of a training pass: see TrainingJob. Empty as long as nobody trains.
 struct TrainingBuffers {
   PairGroups pairs;
-  std::vector<uint8_t> hidden, grad_out, grad_inter_rows;
-  std::vector<float> gate, up, grad_inter, out;
+  std::vector<uint8_t> hidden, inter_rows, grad_out, grad_inter_rows;
+  std::vector<float> gate, up, inter, grad_inter, out;
+  // Of the LoRA of gate, up and down: A applied to the inputs, and the gradient of that.
+  std::vector<float> inner[3], grad_inner[3];
 };
 
 // Buffers of one call, kept from call to call so that a decode step allocates nothing.
@@ -93,7 +96,7 @@ struct ForwardArgs {
   size_t tokens, top_k;
 };
 
-// The backward pass of ForwardArgs, for the gradient `grad_out` of `out`.
+// ForwardArgs with low-rank additions, and its backward pass for the gradient `grad_out` of `out`.
 struct TrainingArgs {
   const void* hidden;  // [tokens, hidden] float32 or bfloat16, contiguous
   DType type;          // of hidden, grad_out and grad_hidden
@@ -101,6 +104,8 @@ struct TrainingArgs {
   const int64_t* expert_ids;  // [tokens, top_k]
   const float* weights;       // [tokens, top_k]
   size_t tokens, top_k;
+  LoraArgs lora;
+  void* out;             // [tokens, hidden], overwritten; forward only, and from here on backward
   const void* grad_out;  // [tokens, hidden]
   void* grad_hidden;     // [tokens, hidden], overwritten
   float* grad_weights;   // [tokens, top_k], overwritten; 0 for id -1
@@ -127,6 +132,7 @@ class ExpertLayer {
 
   // Throws std::invalid_argument: an id is out of range, or an expert is not resident.
   std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args);
+  std::shared_ptr<Job> SubmitLora(const TrainingArgs& args);
   std::shared_ptr<Job> SubmitBackward(const TrainingArgs& args);
   void Wait(Job& job);
 

@@ -161,6 +161,19 @@ struct ActivationGradArgs {
   float* inter;       // [n] what the activation gives; null: not wanted
 };
 
+// out[m, n] (+)= alpha * sum over k of x[m, k] * w[k, n], in float32.
+struct GemmArgs {
+  size_t m, n, k;  // n a multiple of 16
+  float alpha;
+  const float* x;
+  size_t x_row, x_col;  // elements from row to row, and from column to column
+  const float* w;
+  size_t w_row;
+  float* out;
+  size_t out_row;
+  bool adds;  // to what is in `out`
+};
+
 // One matrix to pack: dense (element [r, c] at data + r * row_stride + c * col_stride, in
 // elements), or already quantised, with contiguous canonical codes, scales and zero points.
 struct SourceMatrix {
@@ -191,6 +204,7 @@ struct Kernels {
   bool (*pack)(const PackArgs&);  // false: a weight or a scale is NaN or infinite
   void (*transposed)(const TransposedArgs&);
   float (*activation_grad)(const ActivationGradArgs&);  // returns sum of grad * activation
+  void (*gemm)(const GemmArgs&);
   void (*activate)(const Activation&, const float* gate, const float* up, float* out, size_t n);
 };
 

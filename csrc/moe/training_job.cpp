@@ -27,7 +27,13 @@ TrainingJob::TrainingJob(ExpertLayer& layer, const TrainingArgs& args)
       scratch_pool_(layer.scratch_),
       scratch_(scratch_pool_->Take()),
       buffers_(scratch_->training),
-      pairs_(buffers_.pairs) {
+      pairs_(buffers_.pairs),
+      gate_lora_(layer.kernels_, args.lora.gate, args.lora.scale, layer.spec_.hidden_size,
+                 layer.spec_.intermediate_size),
+      up_lora_(layer.kernels_, args.lora.up, args.lora.scale, layer.spec_.hidden_size,
+               layer.spec_.intermediate_size),
+      down_lora_(layer.kernels_, args.lora.down, args.lora.scale, layer.spec_.intermediate_size,
+                 layer.spec_.hidden_size) {
   const ExpertLayout& e = layout();
   pairs_.Group(args.expert_ids, args.weights, args.tokens, args.top_k, layer.spec_.num_experts);
   inter_stride_ = e.up.panels * kPanel;
@@ -39,6 +45,8 @@ TrainingJob::TrainingJob(ExpertLayer& layer, const TrainingArgs& args)
   GrowTo(buffers_.up, values);
   if (e.has_gate) GrowTo(buffers_.gate, values);
   GrowTo(buffers_.out, args.tokens * e.down.panels * kPanel);
+  for (size_t p = 0; p < 3; ++p)
+    GrowTo(buffers_.inner[p], pairs_.tokens.size() * loras_[p]->rank_stride());
 }
 
 TrainingJob::~TrainingJob() { scratch_pool_->Give(std::move(scratch_)); }
@@ -73,6 +81,52 @@ void TrainingJob::RawGateUp(const PairGroups::Active& active, Range panels) noex
                      pairs_.tokens.data() + active.first, active.count, layer_.spec().activation,
                      Row(buffers_.up, active.first), Row(gate(), active.first), inter_stride_,
                      panels.first, panels.last, unpacked});
+}
+
+void TrainingJob::AddLoraToGateUp(const PairGroups::Block& block) noexcept {
+  if (!gate_lora_.exists() && !up_lora_.exists()) return;
+  const size_t expert = pairs_.active[block.active].expert;
+  const float* x = Gather(args_.hidden, block);
+  const auto add = [&](Projection p, std::vector<float>& rows) {
+    const Lora& lora = *loras_[p];
+    if (!lora.exists()) return;
+    lora.ToRank(Lora::Side::kA, expert, x, gathered_stride(), block.count, Inner(p, block.first));
+    lora.FromRank(Lora::Side::kB, expert, Inner(p, block.first), block.count, 0, inter_stride_,
+                  Row(rows, block.first), inter_stride_);
+  };
+  add(kGate, buffers_.gate);
+  add(kUp, buffers_.up);
+}
+
+void TrainingJob::AddLoraToOut(const Lora& lora, Lora::Side side, const PairGroups::Active& active,
+                               const float* narrow, Range panels) noexcept {
+  thread_local std::vector<float> added;
+  const size_t n = (panels.last - panels.first) * kPanel;
+  added.assign(active.count * n, 0.0f);
+  lora.FromRank(side, active.expert, narrow, active.count, panels.first * kPanel, n, added.data(),
+                n);
+  for (size_t i = 0; i < active.count; ++i) {
+    const size_t token = static_cast<size_t>(pairs_.tokens[active.first + i]);
+    for (size_t p = panels.first; p < panels.last; ++p) {
+      const float* from = added.data() + i * n + (p - panels.first) * kPanel;
+      float* to = buffers_.out.data() + (p * args_.tokens + token) * kPanel;
+      for (size_t lane = 0; lane < kPanel; ++lane) to[lane] += from[lane];
+    }
+  }
+}
+
+void TrainingJob::WeighRank(const PairGroups::Block& block, std::vector<float>& rows) noexcept {
+  const size_t stride = down_lora_.rank_stride();
+  for (size_t i = block.first; i < block.first + block.count; ++i)
+    for (size_t j = 0; j < stride; ++j) rows[i * stride + j] *= pairs_.weights[i];
+}
+
+const float* TrainingJob::Gather(const void* source, const PairGroups::Block& block) noexcept {
+  thread_local std::vector<float> rows;
+  GrowTo(rows, PairGroups::kBlockRows * gathered_stride());
+  GatherRows(source, args_.type, layer_.spec().hidden_size, pairs_.tokens.data() + block.first,
+             block.count, rows.data(), gathered_stride());
+  return rows.data();
 }
 
 TrainingJob::Range TrainingJob::OutputPanels(Range units) const {

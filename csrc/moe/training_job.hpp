@@ -49,6 +49,26 @@ class TrainingJob : public Job {
   // From [panels, tokens, 16] to [tokens, hidden].
   void StoreOut(Range panels, void* target) noexcept;
 
+  // Adds what LoRA adds to rows of gate and up, and keeps what A made of their inputs.
+  void AddLoraToGateUp(const PairGroups::Block& block) noexcept;
+  // out[tokens] += scale * matrix of the side applied to the expert's rows `narrow`.
+  void AddLoraToOut(const Lora& lora, Lora::Side side, const PairGroups::Active& active,
+                    const float* narrow, Range panels) noexcept;
+  // Multiplies rows of the down projection's rank with the routing weights.
+  void WeighRank(const PairGroups::Block& block, std::vector<float>& rows) noexcept;
+  // Rows of the hidden size in float32, of this thread's own: those of a block's tokens.
+  const float* Gather(const void* source, const PairGroups::Block& block) noexcept;
+  size_t gathered_stride() const {
+    // Not a power of two: rows of a block would share few sets of the L1 cache.
+    return RoundUp(layer_.spec().hidden_size, kPanel) + kPanel;
+  }
+  float* Inner(size_t projection, size_t pair) {
+    return buffers_.inner[projection].data() + pair * loras_[projection]->rank_stride();
+  }
+  float* GradInner(size_t projection, size_t pair) {
+    return buffers_.grad_inner[projection].data() + pair * loras_[projection]->rank_stride();
+  }
+
   // Where row `pair` of a buffer [pairs, intermediate, padded to 16] begins.
   float* Row(std::vector<float>& buffer, size_t pair) const {
     return buffer.data() + pair * inter_stride_;
@@ -70,6 +90,9 @@ class TrainingJob : public Job {
   ActivationRows hidden_rows_;
   size_t inter_stride_, panel_pairs_;
   Phase phases_[kMaxPhases] = {};
+  enum Projection : size_t { kGate, kUp, kDown };
+  Lora gate_lora_, up_lora_, down_lora_;
+  const Lora* const loras_[3] = {&gate_lora_, &up_lora_, &down_lora_};
 };
 
 // A buffer of this thread's own, aligned to 64, which only grows.

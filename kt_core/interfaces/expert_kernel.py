@@ -71,7 +71,7 @@ class ExpertGradients:
 
     Attributes:
         hidden: ``[tokens, hidden]``, of the hidden states' type.
-        weights: ``[tokens, k]``, of the routing weights' type; 0 for pairs that are somebody else's.
+        weights: ``[tokens, k]``, of the routing weights' type; 0 for somebody else's pairs.
         lora: Gradients in the places of the matrices, of their shapes and types; 0 for experts no
             token went to. None where there was no LoRA.
     """

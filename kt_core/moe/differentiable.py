@@ -1,4 +1,4 @@
-"""``kt::moe_experts``: the experts of a layer as one operator that torch can trace and differentiate.
+"""``kt::moe_experts``: the experts of a layer as one operator that torch traces and differentiates.
 
 Custom operators take tensors and numbers, so a kernel is named by a number. Nothing is kept from
 the forward to the backward pass: gradient checkpointing may run the forward pass twice.
@@ -45,7 +45,7 @@ def _lora(scale: float, matrices: Sequence[torch.Tensor | None]) -> LoraWeights 
 
 
 @torch.library.custom_op("kt::moe_experts", mutates_args=())
-def moe_experts(
+def moe_experts(  # noqa: PLR0917 - operators are called by position
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor,
@@ -94,7 +94,7 @@ def _(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 @torch.library.custom_op("kt::moe_experts_backward", mutates_args=())
-def moe_experts_backward(
+def moe_experts_backward(  # noqa: PLR0917 - as above
     grad_out: torch.Tensor,
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -125,7 +125,7 @@ def moe_experts_backward(
 
 
 @moe_experts_backward.register_fake
-def _(
+def _(  # noqa: PLR0917 - as above
     grad_out: torch.Tensor,
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
