@@ -183,7 +183,8 @@ class ExpertKernel(ABC):
     ) -> ExpertGradients:
         """Differentiate ``submit_training`` of the same arguments; returns when it is done.
 
-        The packed weights themselves are frozen.
+        The packed weights themselves are frozen. Called from within an operator, where torch's own
+        autograd does not record.
 
         Args:
             hidden: As given to ``submit_training``.

@@ -117,7 +117,7 @@ class BackendTraining(BackendHarness):
     def test_types_of_gradients(self) -> None:
         """A gradient has the type of what it is the gradient of."""
         with self._training() as device:
-            kernel = self._loaded(device)
+            kernel = self._trainable(device)
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 pairs = replace(
                     random_pairs(SPEC, 3, dtype=dtype), weights=torch.rand(3, 2).bfloat16()
@@ -137,14 +137,14 @@ class BackendTraining(BackendHarness):
         pairs = Pairs(random_pairs(SPEC, 4).hidden, ids, weights)
         with self._training() as device:
             self.check_training(device, SPEC, self.computed_formats()[0], pairs)
-            got = self.gradients(self._loaded(device), pairs, pairs.hidden)
+            got = self.gradients(self._trainable(device), pairs, pairs.hidden)
             assert bool((got.hidden[1] == 0).all())
             assert bool((got.weights.cpu()[ids == -1] == 0).all())
 
     def test_nothing_is_kept_between_passes(self) -> None:
         """Forward any number of times, and backward twice, of other calls between: same bits."""
         with self._training() as device:
-            kernel, lora = self._loaded(device), random_lora(SPEC)
+            kernel, lora = self._trainable(device), random_lora(SPEC)
             first, other = random_pairs(SPEC, 17), random_pairs(SPEC, 30, seed=1)
             outputs, grads = [], []
             for _ in range(2):
@@ -160,7 +160,7 @@ class BackendTraining(BackendHarness):
         """The gradient of the output, and LoRA matrices."""
         pairs, lora = random_pairs(SPEC, 2), random_lora(SPEC)
         with self._training() as device:
-            kernel = self._loaded(device)
+            kernel = self._trainable(device)
             for what, grad in {
                 "a gradient one token short": pairs.hidden[1:],
                 "a gradient of another type": pairs.hidden.bfloat16(),
@@ -187,7 +187,7 @@ class BackendTraining(BackendHarness):
                 pytest.skip(f"device {device.info.name!r} does not train")
             yield device
 
-    def _loaded(self, device: ExpertDevice) -> ExpertKernel:
+    def _trainable(self, device: ExpertDevice) -> ExpertKernel:
         kernel = device.expert_kernel(SPEC, self.computed_formats()[0].descriptor)
         for index, weights in random_layer(SPEC).items():
             kernel.load(index, weights)
@@ -197,8 +197,8 @@ class BackendTraining(BackendHarness):
         self, kernel: ExpertKernel, pairs: Pairs, lora: LoraWeights | None = None
     ) -> torch.Tensor:
         """Run the forward pass of training where the device is."""
-        arguments = [t.to(self._torch_device) for t in _arguments(pairs)]
-        return kernel.submit_training(*arguments, self._moved(lora)).wait().cpu()
+        hidden, ids, weights = (t.to(self._torch_device) for t in _arguments(pairs))
+        return kernel.submit_training(hidden, ids, weights, self._moved(lora)).wait().cpu()
 
     def gradients(
         self,
@@ -208,8 +208,9 @@ class BackendTraining(BackendHarness):
         lora: LoraWeights | None = None,
     ) -> ExpertGradients:
         """Run the backward pass where the device is."""
-        arguments = [t.to(self._torch_device) for t in (*_arguments(pairs), grad_out)]
-        return kernel.backward(*arguments, self._moved(lora))
+        hidden, ids, weights = (t.to(self._torch_device) for t in _arguments(pairs))
+        grad_out = grad_out.to(self._torch_device)
+        return kernel.backward(hidden, ids, weights, grad_out, self._moved(lora))
 
     def check_training(
         self,
@@ -230,7 +231,13 @@ class BackendTraining(BackendHarness):
             kernel = device.expert_kernel(spec, weight_format.descriptor, precision=precision)
             for index, weights in experts.items():
                 kernel.load(index, weights)
-            want = backward_reference.backward(layer, *_arguments(pairs), grad_out, precision, lora)
+            arguments = (layer, *_arguments(pairs))
+            out = backward_reference.forward(*arguments, precision, lora)
+            got_out = self.forward(kernel, pairs, lora)
+            assert got_out.dtype is pairs.hidden.dtype
+            within = (got_out, out.value, out.error)
+            assert is_within(*within), f"{precision}, forward: {worst_of(*within)}"
+            want = backward_reference.backward(*arguments, grad_out, precision, lora)
             got = self.gradients(kernel, pairs, grad_out, lora)
             check_gradients(got, want, precision)
 

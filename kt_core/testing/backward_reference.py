@@ -58,6 +58,24 @@ def exactly(tensor: torch.Tensor) -> Bounded:
     return Bounded(value, torch.zeros_like(value))
 
 
+def forward(  # noqa: PLR0917 - the interface's arguments
+    layer: Layer,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    precision: ActivationPrecision,
+    lora: LoraWeights | None = None,
+) -> Bounded:
+    """Return the output with LoRA, ``[tokens, hidden]``; arguments are those of ``backward``."""
+    total = exactly(torch.zeros(hidden.shape))
+    for index in layer.experts:
+        token, k = torch.where(expert_ids == index)
+        if len(token):
+            out = _Expert(layer, index, precision, lora).forward(hidden[token])
+            _add(total, out * weights[token, k, None].float().double(), token)
+    return _stored(total, hidden.dtype)
+
+
 def backward(  # noqa: PLR0917 - the interface's arguments
     layer: Layer,
     hidden: torch.Tensor,
@@ -96,8 +114,6 @@ def backward(  # noqa: PLR0917 - the interface's arguments
         for matrix_name, grad in grads.items():
             found[matrix_name].value[index] = grad.value
             found[matrix_name].error[index] = grad.error
-    rounding = (expert_ids.shape[1] + 1) * UNIT_ROUNDOFF * found["hidden"].error  # see _add
-    found["hidden"].error.add_(rounding)
     types = {"hidden": hidden.dtype, "weights": weights.dtype}
     if lora is not None:
         types |= {name: matrix.dtype for name, matrix in reference.lora_matrices(lora).items()}
@@ -105,9 +121,9 @@ def backward(  # noqa: PLR0917 - the interface's arguments
 
 
 def _add(total: Bounded, part: Bounded, token: torch.Tensor) -> None:
-    """The sum over experts: one addition each."""
+    """The sum over experts: each part is rounded with every later one, 16 of them at the most."""
     total.value.index_add_(0, token, part.value)
-    total.error.index_add_(0, token, part.error + 8 * UNIT_ROUNDOFF * part.value.abs())
+    total.error.index_add_(0, token, part.error + 16 * UNIT_ROUNDOFF * part.value.abs())
 
 
 def _stored(grad: Bounded, dtype: torch.dtype) -> Bounded:
@@ -132,6 +148,19 @@ class _Expert:
             self._lora = {name: exactly(matrix[index]) for name, matrix in matrices.items()}
             self._scale = float(torch.tensor(lora.scale))
 
+    def forward(self, x: torch.Tensor) -> Bounded:
+        """Return a row for each pair, before the routing weight."""
+        names = ("gate", "up") if self._activation.is_gated else ("up",)
+        value, _ = _activation(self._activation, {name: self._project(name, x) for name in names})
+        group = reference.INTERMEDIATE_GROUP
+        rounded, error = reference.rounded(value.value.float(), value.error, group, self._precision)
+        bias = self._tensors.get("down_bias")
+        out = Bounded(*reference.linear(rounded, error, self._tensors["down"], bias))
+        if "down_a" in self._lora:
+            reduced = value @ self._lora["down_a"].T
+            out = out + reduced @ self._lora["down_b"].T * self._scale
+        return out
+
     def backward(
         self, x: torch.Tensor, grad_out: torch.Tensor, weights: torch.Tensor
     ) -> dict[str, Bounded]:
@@ -154,6 +183,7 @@ class _Expert:
         for name in names:
             part = self._rounded(grads[name]) @ self._matrix(name)
             total = part if total is None else total + part
+        assert total is not None
         for name in names:
             if f"{name}_a" in self._lora:
                 rank = grads[name] @ self._lora[f"{name}_b"]
@@ -167,7 +197,6 @@ class _Expert:
             found["down_a"] = rank.T @ value * self._scale
             reduced = value @ self._lora["down_a"].T * scales
             found["down_b"] = grad.T @ reduced * self._scale
-        assert total is not None
         found["hidden"] = total
         return found
 

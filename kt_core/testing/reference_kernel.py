@@ -6,8 +6,10 @@ purpose, that a model adapter finds the right weights, that a layer split over t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,7 +35,7 @@ from kt_core.interfaces.checks import (
     check_weights,
 )
 from kt_core.quant import BUILT_IN_FORMATS
-from kt_core.testing import reference
+from kt_core.testing import backward_reference, reference
 from kt_core.types import (
     ActivationPrecision,
     Capabilities,
@@ -42,6 +44,8 @@ from kt_core.types import (
     Format,
     MoeSpec,
 )
+
+_Result = TypeVar("_Result")
 
 
 class FinishedTicket(Ticket):
@@ -112,11 +116,12 @@ class ReferenceKernel(ExpertKernel):
         weights: torch.Tensor,
         lora: LoraWeights | None = None,
     ) -> Ticket:
-        """See ``ExpertKernel.submit_training``. Exact, whatever the precision."""
+        """See ``ExpertKernel.submit_training``; rounds where ``backward_reference`` does."""
         self._check_training(hidden, expert_ids, weights, lora)
-        with torch.no_grad():
-            out = reference.exact(self._layer(), hidden, expert_ids, weights, lora)
-        return FinishedTicket(out.to(hidden.dtype))
+        precision = self._training_precision(hidden.dtype)
+        arguments = (self._layer(), hidden, expert_ids, weights, precision, lora)
+        out = _with_autograd(lambda: backward_reference.forward(*arguments))
+        return FinishedTicket(out.value.to(hidden.dtype))
 
     def backward(
         self,
@@ -126,10 +131,28 @@ class ReferenceKernel(ExpertKernel):
         grad_out: torch.Tensor,
         lora: LoraWeights | None = None,
     ) -> ExpertGradients:
-        """See ``ExpertKernel.backward``. torch differentiates the reference, in float64."""
+        """See ``ExpertKernel.backward``; rounds where ``backward_reference`` does."""
         self._check_training(hidden, expert_ids, weights, lora)
         check_grad_out(hidden, grad_out)
-        return reference.backward(self._layer(), hidden, expert_ids, weights, grad_out, lora)
+        precision = self._training_precision(hidden.dtype)
+        arguments = (self._layer(), hidden, expert_ids, weights, grad_out, precision, lora)
+        found = _with_autograd(lambda: backward_reference.backward(*arguments))
+        grads = None
+        if lora is not None:
+            matrices = reference.lora_matrices(lora)
+            named: dict[str, Any] = {n: found[n].value.to(m.dtype) for n, m in matrices.items()}
+            grads = replace(lora, **named)
+        return ExpertGradients(
+            hidden=found["hidden"].value.to(hidden.dtype),
+            weights=found["weights"].value.to(weights.dtype),
+            lora=grads,
+        )
+
+    def _training_precision(self, dtype: torch.dtype) -> ActivationPrecision:
+        if self._precision is not ActivationPrecision.AUTO:
+            return self._precision
+        is_bf16 = dtype is torch.bfloat16
+        return ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.FLOAT32
 
     def _check_training(
         self,
@@ -153,16 +176,6 @@ class ExactKernel(ReferenceKernel):
     Narrower than the interface (float64 alone), for comparing modules in float64.
     """
 
-    def _check_training(
-        self,
-        hidden: torch.Tensor,
-        expert_ids: torch.Tensor,
-        weights: torch.Tensor,
-        lora: LoraWeights | None,
-    ) -> None:
-        del hidden, weights, lora  # any type: gradcheck brings float64
-        check_resident(self.spec, self._experts, expert_ids)
-
     def __init__(self, spec: MoeSpec) -> None:
         """Take the layer's shape."""
         super().__init__(spec, BUILT_IN_FORMATS[0])
@@ -183,6 +196,30 @@ class ExactKernel(ReferenceKernel):
         """Compute ``reference.exact``."""
         check_resident(self.spec, self._experts, expert_ids)
         return FinishedTicket(reference.exact(self._layer(), hidden, expert_ids, weights))
+
+    def submit_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> Ticket:
+        """Compute ``reference.exact``."""
+        check_resident(self.spec, self._experts, expert_ids)
+        with torch.no_grad():
+            return FinishedTicket(reference.exact(self._layer(), hidden, expert_ids, weights, lora))
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        grad_out: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> ExpertGradients:
+        """Let torch differentiate ``reference.exact``."""
+        arguments = (self._layer(), hidden, expert_ids, weights, grad_out, lora)
+        return _with_autograd(lambda: reference.backward(*arguments))
 
 
 class ReferenceBackend(Backend):
@@ -258,6 +295,12 @@ class ReferenceDevice(ExpertDevice):
 
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""
+
+
+def _with_autograd(compute: Callable[[], _Result]) -> _Result:
+    """Compute where torch records what is done: within an operator it does not, on that thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(compute).result()
 
 
 def expert_bytes(spec: MoeSpec) -> int:
