@@ -99,11 +99,11 @@ def main() -> None:
     registry = load()
     weights = reference.random_weights(spec, torch.Generator().manual_seed(0))
     found = []
-    with registry.backends["cpu"].open("cpu", threads=options.threads) as device:
+    with registry.backends.get("cpu").open("cpu", threads=options.threads) as device:
         for name, precision in CASES:
             kernel = device.expert_kernel(
                 spec,
-                registry.formats[name].descriptor,
+                registry.formats.get(name).descriptor,
                 precision=ActivationPrecision(precision),
             )
             for expert in range(spec.num_experts):

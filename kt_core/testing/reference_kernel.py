@@ -299,6 +299,9 @@ class ReferenceDevice(ExpertDevice):
 
 def _with_autograd(compute: Callable[[], _Result]) -> _Result:
     """Compute where torch records what is done: within an operator it does not, on that thread."""
+    with torch.enable_grad():
+        if (torch.ones(1, requires_grad=True) * 1).requires_grad:
+            return compute()
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(compute).result()
 

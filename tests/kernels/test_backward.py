@@ -89,7 +89,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("weight_format", "precision"), CELLS)
-@pytest.mark.parametrize("tokens", [1, 3, 17, 130])
+@pytest.mark.parametrize("tokens", [1, 17, 130])
 def test_matches_the_reference(
     device: CpuDevice, weight_format: WeightFormat, precision: ActivationPrecision, tokens: int
 ) -> None:
@@ -116,8 +116,7 @@ def test_every_activation(device: CpuDevice, activation: Activation, has_bias: b
         activation=activation,
         has_bias=has_bias,
     )
-    for precision in (ActivationPrecision.BF16, ActivationPrecision.FLOAT32):
-        check(device, spec, FORMATS["int8-g32"], precision, 9, random_lora(spec))
+    check(device, spec, FORMATS["int8-g32"], ActivationPrecision.FLOAT32, 9, random_lora(spec))
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 130])
