@@ -182,11 +182,10 @@ void BindLayer(py::module_& m) {
              size_t tokens, size_t top_k, const py::object& lora) {
             auto ticket = std::make_shared<Ticket>();
             ticket->layer = layer;
-            ticket->job =
-                layer->SubmitLora({Pointer<const void>(hidden), type, precision,
-                                   Pointer<const int64_t>(ids), Pointer<const float>(weights),
-                                   tokens, top_k, LoraArgsFrom(lora), Pointer<void>(out), nullptr,
-                                   nullptr, nullptr});
+            ticket->job = layer->SubmitLora(
+                {Pointer<const void>(hidden), type, precision, Pointer<const int64_t>(ids),
+                 Pointer<const float>(weights), tokens, top_k, LoraArgsFrom(lora),
+                 Pointer<void>(out), nullptr, nullptr, nullptr});
             return ticket;
           },
           py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
@@ -196,14 +195,15 @@ void BindLayer(py::module_& m) {
           "submit_backward",
           [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
              kt::Precision precision, uintptr_t ids, uintptr_t weights, size_t tokens, size_t top_k,
-             const py::object& lora, uintptr_t grad_out, uintptr_t grad_hidden, uintptr_t grad_weights) {
+             const py::object& lora, uintptr_t grad_out, uintptr_t grad_hidden,
+             uintptr_t grad_weights) {
             auto ticket = std::make_shared<Ticket>();
             ticket->layer = layer;
             ticket->job = layer->SubmitBackward(
                 {Pointer<const void>(hidden), type, precision, Pointer<const int64_t>(ids),
                  Pointer<const float>(weights), tokens, top_k, LoraArgsFrom(lora), nullptr,
-                 Pointer<const void>(grad_out),
-                 Pointer<void>(grad_hidden), Pointer<float>(grad_weights)});
+                 Pointer<const void>(grad_out), Pointer<void>(grad_hidden),
+                 Pointer<float>(grad_weights)});
             return ticket;
           },
           py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),

@@ -31,5 +31,6 @@
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, Transposed, ActivationGrad, Gemm, ActivateArray};
+const Kernels kKernels = {Prepare,    GateUp,         Down, Pack,
+                          Transposed, ActivationGrad, Gemm, ActivateArray};
 }  // namespace kt::KT_ISA

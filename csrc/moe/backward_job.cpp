@@ -22,8 +22,7 @@ BackwardJob::BackwardJob(ExpertLayer& layer, const TrainingArgs& args) : Trainin
   grad_inter_rows_.data = AlignedStart(buffers_.grad_inter_rows);
   std::fill_n(args.grad_weights, args.tokens * args.top_k, 0.0f);
   has_lora_ = gate_lora_.exists() || up_lora_.exists() || down_lora_.exists();
-  for (size_t p = 0; p < 3; ++p)
-    GrowTo(buffers_.grad_inner[p], pairs * loras_[p]->rank_stride());
+  for (size_t p = 0; p < 3; ++p) GrowTo(buffers_.grad_inner[p], pairs * loras_[p]->rank_stride());
   if (down_lora_.exists()) GrowTo(buffers_.inter, pairs * inter_stride_);
   if (has_lora_) Cut(4, pairs_.active.size() * 6);
   Cut(0, args.tokens);
@@ -82,9 +81,10 @@ void BackwardJob::ActivationGrads(const PairGroups::Block& block) noexcept {
   AddLoraToGateUp(block);
   AddLoraToGradInter(block);
   for (size_t i = block.first; i < block.first + block.count; ++i) {
-    float grad_weight = kernels().activation_grad({layer_.spec().activation, inter_stride_,
-                                                   pairs_.weights[i], Row(buffers_.grad_inter, i),
-                                                   Row(gate(), i), Row(buffers_.up, i), down_lora_.exists() ? Row(buffers_.inter, i) : nullptr});
+    float grad_weight =
+        kernels().activation_grad({layer_.spec().activation, inter_stride_, pairs_.weights[i],
+                                   Row(buffers_.grad_inter, i), Row(gate(), i), Row(buffers_.up, i),
+                                   down_lora_.exists() ? Row(buffers_.inter, i) : nullptr});
     if (e.has_bias) grad_weight += BiasGrad(expert, static_cast<size_t>(pairs_.tokens[i]));
     args_.grad_weights[pairs_.slots[i]] = grad_weight;
   }

@@ -30,11 +30,7 @@ void GatherRows(const void* source, DType type, size_t cols, const int32_t* indi
 
 Lora::Lora(const Kernels& kernels, const LoraMatrices& matrices, float scale, size_t inputs,
            size_t outputs)
-    : kernels_(kernels),
-      matrices_(matrices),
-      scale_(scale),
-      inputs_(inputs),
-      outputs_(outputs) {}
+    : kernels_(kernels), matrices_(matrices), scale_(scale), inputs_(inputs), outputs_(outputs) {}
 
 float Lora::Value(Side side, size_t expert, size_t rank, size_t wide) const {
   return side == Side::kA
