@@ -52,6 +52,7 @@ kt::SourceMatrix MatrixFrom(const py::object& source) {
   m.col_stride = fields[3].cast<ptrdiff_t>();
   m.scales = Pointer<const float>(fields[4].cast<uintptr_t>());
   m.zero_points = Pointer<const uint8_t>(fields[5].cast<uintptr_t>());
+  m.output_scales = Pointer<const float>(fields[6].cast<uintptr_t>());
   return m;
 }
 
@@ -87,12 +88,16 @@ void BindEnums(py::module_& m) {
       .value("int8", kt::Precision::kInt8);
   py::enum_<kt::Element>(m, "Element")
       .value("bf16", kt::Element::kBf16)
+      .value("fp8", kt::Element::kFp8)
       .value("int8", kt::Element::kInt8)
-      .value("int4", kt::Element::kInt4);
+      .value("int4", kt::Element::kInt4)
+      .value("fp4", kt::Element::kFp4);
   py::enum_<kt::ScaleType>(m, "ScaleType")
       .value("none", kt::ScaleType::kNone)
       .value("float32", kt::ScaleType::kFloat32)
-      .value("bf16", kt::ScaleType::kBf16);
+      .value("bf16", kt::ScaleType::kBf16)
+      .value("e8m0", kt::ScaleType::kE8m0)
+      .value("e4m3", kt::ScaleType::kE4m3);
   py::enum_<kt::ActivationKind>(m, "ActivationKind")
       .value("silu", kt::ActivationKind::kSilu)
       .value("gelu", kt::ActivationKind::kGelu)

@@ -119,8 +119,17 @@ class Element(StrEnum):
     """What one stored weight is."""
 
     BF16 = "bf16"
+    FP8 = "fp8"
+    """e4m3 without infinities, largest 448 (OCP 8-bit Floating Point 1.0)."""
     INT8 = "int8"
     INT4 = "int4"
+    FP4 = "fp4"
+    """e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives (OCP Microscaling Formats 1.0)."""
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers, which int8 activations can be multiplied with."""
+        return self in {Element.INT8, Element.INT4}
 
 
 class ScaleType(StrEnum):
@@ -128,15 +137,28 @@ class ScaleType(StrEnum):
 
     FLOAT32 = "float32"
     BF16 = "bf16"
+    E8M0 = "e8m0"
+    """A power of two, 2^-127 (which counts as 0) to 2^127 (OCP Microscaling Formats 1.0)."""
+    E4M3 = "e4m3"
+    """Not negative; a float32 scale for each output multiplies those of its groups (NVFP4)."""
 
 
-ELEMENT_BITS = {Element.BF16: 16, Element.INT8: 8, Element.INT4: 4}
-SCALE_BITS = {ScaleType.FLOAT32: 32, ScaleType.BF16: 16}
+ELEMENT_BITS = {
+    Element.BF16: 16,
+    Element.FP8: 8,
+    Element.INT8: 8,
+    Element.INT4: 4,
+    Element.FP4: 4,
+}
+SCALE_BITS = {ScaleType.FLOAT32: 32, ScaleType.BF16: 16, ScaleType.E8M0: 8, ScaleType.E4M3: 8}
+SMALLEST_GROUP = {Element.FP8: 16, Element.INT8: 16, Element.INT4: 32, Element.FP4: 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """How a matrix ``[out_features, in_features]`` is stored: ``weight = scale * (code - zero)``.
+
+    Where scales are e4m3, ``scale`` is the group's times the output's.
 
     Attributes:
         name: The word the user types, such as ``int4-g32``.
@@ -155,17 +177,27 @@ class Format:
 
     def __post_init__(self) -> None:
         if (self.scale is None) != (self.element is Element.BF16):
-            msg = f"format {self.name!r}: exactly the integer elements have scales"
+            msg = f"format {self.name!r}: every element has scales, except bf16, which has none"
             raise ValueError(msg)
         if self.scale is None and self.group_size is not None:
             msg = f"format {self.name!r}: without scales there are no groups"
             raise ValueError(msg)
-        if self.group_size is not None and self.group_size not in (32, 64, 128):
-            msg = f"format {self.name!r}: group_size must be 32, 64 or 128, got {self.group_size}"
+        sizes = [n for n in (16, 32, 64, 128) if n >= SMALLEST_GROUP.get(self.element, 0)]
+        if self.group_size is not None and self.group_size not in sizes:
+            known = ", ".join(map(str, sizes))
+            msg = f"format {self.name!r}: group_size must be one of {known}, got {self.group_size}"
+            raise ValueError(msg)
+        if self.scale in {ScaleType.E8M0, ScaleType.E4M3} and self.element.is_integer:
+            msg = f"format {self.name!r}: integers have float32 or bf16 scales, not {self.scale}"
             raise ValueError(msg)
         if self.has_zero_point and self.element is not Element.INT4:
             msg = f"format {self.name!r}: only int4 has zero points"
             raise ValueError(msg)
+
+    @property
+    def has_output_scale(self) -> bool:
+        """Whether each output has a float32 scale besides those of its groups."""
+        return self.scale is ScaleType.E4M3
 
     def num_groups(self, in_features: int) -> int:
         """Number of scales of one output; the last group may be partial."""
@@ -176,7 +208,8 @@ class Format:
         if self.scale is None:
             return float(ELEMENT_BITS[self.element])
         per_group = SCALE_BITS[self.scale] + (8 if self.has_zero_point else 0)
-        return ELEMENT_BITS[self.element] + per_group * self.num_groups(in_features) / in_features
+        scale_bits = per_group * self.num_groups(in_features) + (32 if self.has_output_scale else 0)
+        return ELEMENT_BITS[self.element] + scale_bits / in_features
 
 
 class ActivationPrecision(StrEnum):

@@ -12,13 +12,17 @@ class Precision:
 
 class Element:
     bf16: Element
+    fp8: Element
     int8: Element
     int4: Element
+    fp4: Element
 
 class ScaleType:
     none: ScaleType
     float32: ScaleType
     bf16: ScaleType
+    e8m0: ScaleType
+    e4m3: ScaleType
 
 class ActivationKind: ...
 
@@ -62,9 +66,9 @@ class ExpertLayer:
         self,
         expert: int,
         *,
-        gate: tuple[int, DType, int, int, int, int] | None,
-        up: tuple[int, DType, int, int, int, int],
-        down: tuple[int, DType, int, int, int, int],
+        gate: tuple[int, DType, int, int, int, int, int] | None,
+        up: tuple[int, DType, int, int, int, int, int],
+        down: tuple[int, DType, int, int, int, int, int],
         gate_bias: int,
         up_bias: int,
         down_bias: int,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FORCE_ISA_VARIABLE = "KT_FORCE_ISA"
 
 # What csrc/format/ knows, in every grouping and scale type.
-_ELEMENTS = frozenset({Element.BF16, Element.INT8, Element.INT4})
+_ELEMENTS = frozenset(Element)
 
 
 def selected_isa() -> str:
@@ -123,9 +123,9 @@ class CpuDevice(ExpertDevice):
             )
             raise UnsupportedFormatError(msg)
         allowed = (
-            (ActivationPrecision.BF16, ActivationPrecision.FLOAT32)
-            if weight_format.element is Element.BF16
-            else tuple(precision for precision in ActivationPrecision if precision != "auto")
+            (ActivationPrecision.INT8, ActivationPrecision.BF16, ActivationPrecision.FLOAT32)
+            if weight_format.element.is_integer
+            else (ActivationPrecision.BF16, ActivationPrecision.FLOAT32)
         )
         if precision not in (ActivationPrecision.AUTO, *allowed):
             msg = (

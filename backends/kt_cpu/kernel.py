@@ -13,9 +13,17 @@ from kt_core.interfaces import (
     LoraWeights,
     QuantizedTensor,
     Ticket,
+    stored_parts,
 )
 from kt_core.interfaces.checks import check_grad_out, check_lora
-from kt_core.types import ActivationPrecision, Element, Format, MoeSpec
+from kt_core.types import (
+    ELEMENT_BITS,
+    ActivationPrecision,
+    Element,
+    Format,
+    MoeSpec,
+    ScaleType,
+)
 from kt_cpu import _kernels
 
 _DTYPES = {
@@ -27,8 +35,9 @@ _DTYPES = {
 _PROJECTIONS = ("gate", "up", "down")
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# Address, type, strides of rows and columns in elements, addresses of scales and zero points.
-_Source: TypeAlias = tuple[int, _kernels.DType, int, int, int, int]
+# Address, type, strides of rows and columns in elements, addresses of scales, zero
+# points and scales of outputs.
+_Source: TypeAlias = tuple[int, _kernels.DType, int, int, int, int, int]
 
 
 def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
@@ -341,10 +350,10 @@ class CpuExpertKernel(ExpertKernel):
 
     def _compute_precision(self, dtype: torch.dtype) -> _kernels.Precision:
         if self._precision is ActivationPrecision.AUTO:
-            if self.weight_format.element is not Element.BF16:
+            if self.weight_format.element.is_integer:
                 return _kernels.Precision.int8
-            wide = dtype is torch.float32
-            return _kernels.Precision.float32 if wide else _kernels.Precision.bf16
+            is_exact = self.weight_format.element is Element.BF16 and dtype is torch.float32
+            return _kernels.Precision.float32 if is_exact else _kernels.Precision.bf16
         named: _kernels.Precision = getattr(_kernels.Precision, self._precision.value)
         return named
 
@@ -380,7 +389,7 @@ class CpuExpertKernel(ExpertKernel):
             raise ValueError(msg)
         _check_on_cpu(name, tensor)
         rows, cols = tensor.stride()
-        source = (tensor.data_ptr(), _DTYPES[tensor.dtype], rows, cols, 0, 0)
+        source = (tensor.data_ptr(), _DTYPES[tensor.dtype], rows, cols, 0, 0, 0)
         return source, (tensor,)
 
     def _quantized_source(
@@ -391,27 +400,24 @@ class CpuExpertKernel(ExpertKernel):
             raise ValueError(msg)
         if tensor.scales is None:
             return self._source(name, tensor.codes, shape)
-        groups = (shape[0], self.weight_format.num_groups(shape[1]))
-        dtype = torch.uint8 if self.weight_format.has_zero_point else torch.int8
-        parts: dict[str, tuple[torch.Tensor | None, tuple[int, int], torch.dtype]] = {
-            "codes": (tensor.codes, shape, dtype),
-            "scales": (tensor.scales, groups, torch.float32),
-        }
-        if self.weight_format.has_zero_point:
-            parts["zero_points"] = (tensor.zero_points, groups, torch.uint8)
+        addresses: dict[str, int] = {}
         kept = []
-        for part, (value, wanted, kind) in parts.items():
-            if value is None or tuple(value.shape) != wanted or value.dtype is not kind:
-                got = None if value is None else f"{list(value.shape)} {value.dtype}"
-                msg = f"{part} of {name} must be {list(wanted)} {kind}, got {got}"
+        for part, want in stored_parts(self.weight_format, *shape).items():
+            value: torch.Tensor | None = getattr(tensor, part)
+            got = None if value is None else (tuple(value.shape), value.dtype)
+            if got != want:
+                msg = f"{part} of {name} must be {_drawn(want)}, got {_drawn(got)}"
                 raise ValueError(msg)
+            if value is None:
+                addresses[part] = 0
+                continue
             _check_on_cpu(f"{part} of {name}", value)
-            if part != "scales" and self.weight_format.element is Element.INT4:
-                _check_nibbles(f"{part} of {name}", value)
+            _check_range(f"{part} of {name}", part, value, self.weight_format)
             kept.append(value.contiguous())
-        zeros = kept[2].data_ptr() if len(kept) == 3 else 0
+            addresses[part] = kept[-1].data_ptr()
         source = (
-            kept[0].data_ptr(), _kernels.DType.float32, 0, 0, kept[1].data_ptr(), zeros
+            addresses["codes"], _kernels.DType.float32, 0, 0,
+            addresses["scales"], addresses["zero_points"], addresses["output_scales"],
         )  # fmt: skip
         return source, tuple(kept)
 
@@ -436,12 +442,28 @@ def _check_on_cpu(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(msg)
 
 
-def _check_nibbles(name: str, codes: torch.Tensor) -> None:
-    """A code that needs more than four bits would spill into its neighbour."""
-    low, high = (-8, 7) if codes.dtype is torch.int8 else (0, 15)
-    for value in codes.aminmax():
-        if not low <= int(value) <= high:
-            msg = f"{name} must be in {low}..{high}, got {int(value)}"
+def _drawn(part: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "absent" if part is None else f"{list(part[0])} {part[1]}"
+
+
+def _check_range(name: str, part: str, values: torch.Tensor, weight_format: Format) -> None:
+    """Refuse what its packed form cannot hold: it would become another number."""
+    if part in {"codes", "zero_points"} and ELEMENT_BITS[weight_format.element] == 4:
+        low, high = (-8, 7) if values.dtype is torch.int8 else (0, 15)
+        for value in values.aminmax():
+            if not low <= int(value) <= high:
+                msg = f"{name} must be in {low}..{high}, got {int(value)}"
+                raise ValueError(msg)
+    if part == "scales":
+        stored = values
+        if weight_format.scale is ScaleType.E8M0:
+            stored = values.to(torch.float8_e8m0fnu).float()
+        elif weight_format.scale is ScaleType.E4M3:
+            stored = values.to(torch.float8_e4m3fn).float()
+            stored = stored.where(stored >= 0, float("nan"))
+        finite = torch.isfinite(values)
+        if not torch.equal(stored[finite], values[finite]):
+            msg = f"{name} must be numbers of the type {weight_format.scale}, not negative"
             raise ValueError(msg)
 
 

@@ -5,14 +5,28 @@ namespace {
 
 struct Bf16 {
   static constexpr int kValuesPerRow = 2;  // inputs in one 64-byte row
-  static constexpr bool kIsInteger = false;
+  static constexpr bool kHasScale = false;
   static constexpr bool kHasZeroPoint = false;
+  static constexpr bool kHasInt8 = false;  // no products with int8 activations
   static constexpr bool kIsBf16Operand = true;
+  static constexpr bool kIsSmallFloat = false;
 
-  static F32 Value(I32 row, int j) {
-    return AsF32(j == 0 ? Shl(row, 16) : And(row, I32::Set(static_cast<int32_t>(0xffff0000u))));
-  }
+  static F32 Value(I32 row, int j) { return HalfValue(row, j == 1); }
   static I32 Bf16Operand(I32 row, int, I32) { return row; }
+
+  using Code = uint16_t;
+  // A scale that is not finite: a weight is not, or rounds to infinity.
+  static GroupCode Quantize(const float* x, size_t n, const MatrixLayout&, float, Code* codes) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; ++i) {
+      codes[i] = ToBf16(x[i]);
+      bad |= (codes[i] & 0x7f80u) == 0x7f80u;
+    }
+    return {bad ? HUGE_VALF : 1.0f, 0};
+  }
+  static uint32_t Lane(const Code* codes) {
+    return codes[0] | static_cast<uint32_t>(codes[1]) << 16;
+  }
 };
 
 }  // namespace

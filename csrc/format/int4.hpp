@@ -8,30 +8,69 @@ namespace {
 template <bool kZeroPoint>
 struct Int4 {
   static constexpr int kValuesPerRow = 8;
-  static constexpr bool kIsInteger = true;
+  static constexpr bool kHasScale = true;
   static constexpr bool kHasZeroPoint = kZeroPoint;
+  static constexpr bool kHasInt8 = true;
   static constexpr bool kIsBf16Operand = false;
-  static constexpr bool kIsSigned = false;
-  static constexpr int kDotsPerRow = 2;
-  static constexpr int kDotZero = kZeroPoint ? 16 : 8;  // operands are weight + kDotZero
+  static constexpr bool kIsSmallFloat = false;
+  static constexpr int kSmallestGroup = 32;
 
-  static I32 Code(I32 row, int j) {
+  static I32 Nibble(I32 row, int j) {
     return And(Shr(row, j < 4 ? 8 * j : 8 * (j - 4) + 4), I32::Set(15));
   }
   static F32 Value(I32 row, int j) {
-    return ToF32(kZeroPoint ? Code(row, j) : Add(Code(row, j), I32::Set(-8)));
+    return ToF32(kZeroPoint ? Nibble(row, j) : Add(Nibble(row, j), I32::Set(-8)));
   }
   // Inputs 2i and 2i + 1, less the zero point: integers from -15 to 15, exact.
   static I32 Bf16Operand(I32 row, int i, I32 zero) {
     const I32 z = kZeroPoint ? zero : I32::Set(8);
-    return Bf16Pair(ToF32(Sub(Code(row, 2 * i), z)), ToF32(Sub(Code(row, 2 * i + 1), z)));
+    return Bf16Pair(ToF32(Sub(Nibble(row, 2 * i), z)), ToF32(Sub(Nibble(row, 2 * i + 1), z)));
   }
+
+  static constexpr bool kIsSigned = false;
+  static constexpr int kDotsPerRow = 2;
+  static constexpr int kDotZero = kZeroPoint ? 16 : 8;  // operands are weight + kDotZero
   // What DotOperand takes for `zero`: 16 - zero in every byte, so that code - zero + 16 is
   // in 1..31.
   static I32 DotOffset(I32 zero) { return Mul(Sub(I32::Set(16), zero), I32::Set(0x01010101)); }
   static I32 DotOperand(I32 row, int i, I32 offset) {
     const I32 codes = And(i == 0 ? row : Shr(row, 4), I32::Set(0x0f0f0f0f));
     return kZeroPoint ? Add(codes, offset) : codes;  // no byte carries
+  }
+
+  using Code = uint8_t;
+  static GroupCode Quantize(const float* x, size_t n, const MatrixLayout& m, float, Code* codes) {
+    if (kZeroPoint) return QuantizeAsymmetric(x, n, m.scale, codes);
+    const GroupCode group = QuantizeSymmetric(x, n, m.scale, -8.0f, 7.0f, codes);
+    for (size_t i = 0; i < n; ++i) codes[i] = FromCanonical(codes[i]);
+    return group;
+  }
+  static Code FromCanonical(uint8_t code) { return static_cast<Code>(code + (kZeroPoint ? 0 : 8)); }
+  static bool IsNumber(uint8_t) { return true; }
+  static uint32_t Lane(const Code* codes) {
+    uint64_t eight;
+    memcpy(&eight, codes, 8);
+    return static_cast<uint32_t>(eight | eight >> 28);
+  }
+
+ private:
+  static GroupCode QuantizeAsymmetric(const float* x, size_t n, ScaleType type, Code* codes) {
+    float low = 0.0f, high = 0.0f;
+    for (size_t i = 0; i < n; ++i) {
+      low = x[i] < low ? x[i] : low;
+      high = x[i] > high ? x[i] : high;
+    }
+    const float scale = StoredScale((high - low) / 15.0f, type);  // infinite if that overflows
+    if (!(scale > 0)) {
+      memset(codes, 0, n);
+      return {0.0f, 0};
+    }
+    const float zero = RoundEven(ClampTo(-low / scale, 0.0f, 15.0f));
+    for (size_t i = 0; i < n; ++i) {
+      const float q = RoundEven(ClampTo(x[i] / scale, -15.0f, 15.0f)) + zero;
+      codes[i] = static_cast<uint8_t>(ClampTo(q, 0.0f, 15.0f));
+    }
+    return {scale, static_cast<uint8_t>(zero)};
   }
 };
 

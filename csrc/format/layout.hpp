@@ -13,15 +13,20 @@
 // a run of blocks; a block is as many groups of inputs (1, 2 or 4) as fill whole 64-byte rows with
 // their scales and zero points, fewer in the last block:
 //
-//   scales       [groups of a block][16]  float32 or bfloat16; absent for bf16
+//   scales       [groups of a block][16]  float32, bfloat16, e8m0 or e5m3; absent for bf16
 //   zero points  [groups of a block][16]  uint8; absent unless the format has them
 //   weights      [inputs of its groups * bits / 32][64 bytes]
 //
 // Scales stand beside the weights they belong to, so that a panel is read as one stream: a second
 // stream of scales costs a third of the memory's bandwidth (docs/decisions/0003).
 //
+// Where scales are e5m3 the panel begins with 16 float32, a scale for each output, which multiplies
+// those of its groups. An e5m3 is an e4m3 scale with a wider exponent, of bias 10, in place of the
+// sign: it has no subnormals, which would need a branch. Its 0 stands for a group of zeros, and so
+// does that of e8m0, 2^-127.
+//
 // One 64-byte row of weights holds, for each of the 16 outputs in turn, 4 bytes of consecutive
-// inputs: 2 bfloat16, 4 int8, or 8 int4 (the layout of an AMX B tile, 16 rows to the tile). Inputs
+// inputs: 2 bfloat16, 4 int8 or fp8, 8 int4 or fp4; in which order, csrc/format/ says. Inputs
 // are padded with zeros to a multiple of 64 and of the group size, outputs to a multiple of 16.
 //
 // An expert is contiguous: gate panel 0, up panel 0, gate panel 1, up panel 1, ... (up panels alone
@@ -32,8 +37,8 @@ constexpr size_t kPanel = 16;
 constexpr size_t kRowBytes = 64;
 constexpr size_t kColumnPad = 64;
 
-enum class Element : uint8_t { kBf16, kInt8, kInt4 };
-enum class ScaleType : uint8_t { kNone, kFloat32, kBf16 };
+enum class Element : uint8_t { kBf16, kFp8, kInt8, kInt4, kFp4 };
+enum class ScaleType : uint8_t { kNone, kFloat32, kBf16, kE8m0, kE4m3 };
 
 [[gnu::always_inline]] constexpr size_t RoundUp(size_t n, size_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -47,6 +52,7 @@ struct MatrixLayout {
   size_t rows, cols;
   // Derived by MakeLayout. Without groups, or without scales, all inputs are one group.
   size_t padded_cols, panels, group_cols, groups;
+  size_t front_bytes;   // scales of outputs
   size_t block_groups;  // groups of a block
   size_t scale_bytes;   // of 16 scales
   size_t zero_offset;   // from a block's first byte to its zero points
@@ -55,7 +61,7 @@ struct MatrixLayout {
   size_t panel_bytes;
 
   KT_INLINE size_t Block(size_t group) const {
-    return group / block_groups * (header_bytes + block_groups * group_bytes);
+    return front_bytes + group / block_groups * (header_bytes + block_groups * group_bytes);
   }
   // Offsets from a panel's first byte.
   KT_INLINE size_t Scales(size_t group) const {
@@ -70,7 +76,25 @@ struct MatrixLayout {
 };
 
 KT_INLINE size_t ElementBits(Element element) {
-  return element == Element::kBf16 ? 16 : element == Element::kInt8 ? 8 : 4;
+  switch (element) {
+    case Element::kBf16: return 16;
+    case Element::kFp8:
+    case Element::kInt8: return 8;
+    case Element::kInt4:
+    case Element::kFp4: return 4;
+  }
+  __builtin_unreachable();
+}
+
+KT_INLINE size_t ScaleBytes(ScaleType scale) {
+  switch (scale) {
+    case ScaleType::kNone: return 0;
+    case ScaleType::kFloat32: return 4;
+    case ScaleType::kBf16: return 2;
+    case ScaleType::kE8m0:
+    case ScaleType::kE4m3: return 1;
+  }
+  __builtin_unreachable();
 }
 
 KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, bool has_zero_point,
@@ -86,7 +110,8 @@ KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, bool has_zer
   m.panels = RoundUp(rows, kPanel) / kPanel;
   m.group_cols = group ? group : m.padded_cols;
   m.groups = m.padded_cols / m.group_cols;
-  m.scale_bytes = kPanel * (scale == ScaleType::kFloat32 ? 4 : scale == ScaleType::kBf16 ? 2 : 0);
+  m.front_bytes = scale == ScaleType::kE4m3 ? kPanel * sizeof(float) : 0;
+  m.scale_bytes = kPanel * ScaleBytes(scale);
   const size_t group_header = m.scale_bytes + (has_zero_point ? kPanel : 0);
   m.block_groups = 1;
   if (group)
@@ -95,7 +120,7 @@ KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, bool has_zer
   m.header_bytes = RoundUp(m.block_groups * group_header, kRowBytes);
   m.group_bytes = m.group_cols * kPanel * ElementBits(element) / 8;
   const size_t blocks = (m.groups + m.block_groups - 1) / m.block_groups;
-  m.panel_bytes = blocks * m.header_bytes + m.groups * m.group_bytes;
+  m.panel_bytes = m.front_bytes + blocks * m.header_bytes + m.groups * m.group_bytes;
   return m;
 }
 

@@ -6,11 +6,19 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "format/bf16.hpp"
 #include "format/bfloat16.hpp"
+#include "moe/kernels.hpp"
+
+#include "format/quantize.hpp"
+
+#include "format/bf16.hpp"
+#include "format/fp4.hpp"
+#include "format/fp8.hpp"
 #include "format/int4.hpp"
 #include "format/int8.hpp"
-#include "moe/kernels.hpp"
+
+#include "format/formats.hpp"
+
 #include "tile/stream.hpp"
 #include "tile/transpose.hpp"
 #include "tile/wide.hpp"

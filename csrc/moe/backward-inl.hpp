@@ -2,17 +2,6 @@
 namespace kt::KT_ISA {
 namespace {
 
-// Calls visitor(Format{}) with the format of the weights.
-template <class Visitor>
-inline void VisitFormat(const MatrixLayout& layout, const Visitor& visitor) {
-  switch (layout.element) {
-    case Element::kBf16: return visitor(Bf16{});
-    case Element::kInt8: return visitor(Int8{});
-    case Element::kInt4:
-      return layout.has_zero_point ? visitor(Int4<true>{}) : visitor(Int4<false>{});
-  }
-}
-
 // Panels ahead whose bytes are asked for: a block of 16 inputs is a few lines, far from the next.
 constexpr size_t kPanelsAhead = 4;
 
@@ -29,8 +18,8 @@ inline void TransposePanel(const TransposedArgs& args, size_t p, Value* to) {
       for (size_t line = 0; line < kPanel / Format::kValuesPerRow; ++line)
         __builtin_prefetch(ahead + line * kRowBytes);
       Value* block = to + n * kPanel * kPanel;
-      if constexpr (sizeof(Value) == 4) TransposeToF32<Format>(panel, at, m.scale, block);
-      else TransposeToBf16<Format>(panel, at, m.scale, reinterpret_cast<uint8_t*>(block));
+      if constexpr (sizeof(Value) == 4) TransposeToF32<Format>(panel, at, m, block);
+      else TransposeToBf16<Format>(panel, at, m, reinterpret_cast<uint8_t*>(block));
     }
     const size_t packed = m.panels * kPanel;
     memset(to + packed * kPanel, 0, (padded - packed) * kPanel * sizeof(Value));

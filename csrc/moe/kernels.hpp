@@ -182,6 +182,7 @@ struct SourceMatrix {
   ptrdiff_t row_stride, col_stride;
   const float* scales;         // null: dense, to be quantised
   const uint8_t* zero_points;  // with scales
+  const float* output_scales;  // [rows], with scales that are e4m3
 };
 
 // Packs panels first..last-1 to target + panel * panel_stride. `scratch` holds PackScratchBytes().

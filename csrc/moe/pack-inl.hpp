@@ -1,6 +1,5 @@
-// Quantising and packing: plain loops, which the compiler vectorises for the ISA at hand. The
-// numbers are those of kt_core/quant/reference.py, bit for bit: no fused multiply-add may be formed
-// here (the build passes -ffp-contract=off).
+// From checkpoint to panels: what the weights become is csrc/format/'s, where they go is
+// format/layout.hpp's.
 namespace kt::KT_ISA {
 namespace {
 
@@ -17,16 +16,6 @@ inline float HalfToFloat(uint16_t h) {
   memcpy(&x, &bits, 4);
   return x;
 }
-
-// |x| <= 2^22, to nearest, ties to even: adding 1.5 * 2^23 leaves no fraction bits.
-inline float RoundEven(float x) { return (x + 12582912.0f) - 12582912.0f; }
-
-inline float ClampTo(float x, float low, float high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
-}
-
-inline bool IsFinite(float x) { return fabsf(x) <= 3.402823466e38f; }
 
 // n elements, `stride` apart, as float32.
 inline void LoadElements(const SourceMatrix& s, ptrdiff_t at, ptrdiff_t stride, size_t n,
@@ -73,162 +62,125 @@ inline bool AllFinite(const float* x, size_t n) {
   return bad == 0;
 }
 
-// The scale as it can be stored; infinite where that type cannot hold it.
-inline float StoredScale(float scale, const MatrixLayout& m) {
-  return m.scale == ScaleType::kBf16 ? Bf16ToFloat(ToBf16(scale)) : scale;
-}
-
-// One group of one output: its scale and zero point, and the codes as they are stored.
-struct GroupCode {
-  float scale;
-  uint8_t zero;
-};
-
-inline GroupCode QuantizeSymmetric(const float* x, size_t n, const MatrixLayout& m,
-                                   uint8_t* codes) {
-  const float high = m.element == Element::kInt8 ? 127.0f : 7.0f;
-  const float low = m.element == Element::kInt8 ? -127.0f : -8.0f;
-  float largest = 0.0f;
-  for (size_t i = 0; i < n; ++i) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-  const float scale = StoredScale(largest / high, m);
-  for (size_t i = 0; i < n; ++i)
-    codes[i] = static_cast<uint8_t>(
-        static_cast<int32_t>(scale > 0 ? RoundEven(ClampTo(x[i] / scale, low, high)) : 0.0f));
-  return {scale, 0};
-}
-
-inline GroupCode QuantizeAsymmetric(const float* x, size_t n, const MatrixLayout& m,
-                                    uint8_t* codes) {
-  float low = 0.0f, high = 0.0f;
-  for (size_t i = 0; i < n; ++i) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
-  }
-  const float scale = StoredScale((high - low) / 15.0f, m);  // infinite if high - low overflows
-  if (!(scale > 0)) {
-    memset(codes, 0, n);
-    return {0.0f, 0};
-  }
-  const float zero = RoundEven(ClampTo(-low / scale, 0.0f, 15.0f));
-  for (size_t i = 0; i < n; ++i) {
-    const float q = RoundEven(ClampTo(x[i] / scale, -15.0f, 15.0f)) + zero;
-    codes[i] = static_cast<uint8_t>(ClampTo(q, 0.0f, 15.0f));
-  }
-  return {scale, static_cast<uint8_t>(zero)};
-}
-
 inline void StoreScale(uint8_t* panel, const MatrixLayout& m, size_t group, size_t output,
                        float scale) {
   uint8_t* scales = panel + m.Scales(group);
-  if (m.scale == ScaleType::kBf16) reinterpret_cast<uint16_t*>(scales)[output] = ToBf16(scale);
-  else reinterpret_cast<float*>(scales)[output] = scale;
+  switch (m.scale) {
+    case ScaleType::kNone: return;
+    case ScaleType::kFloat32: memcpy(scales + output * 4, &scale, 4); return;
+    case ScaleType::kBf16: reinterpret_cast<uint16_t*>(scales)[output] = ToBf16(scale); return;
+    case ScaleType::kE8m0: scales[output] = static_cast<uint8_t>(BitsOf(scale) >> 23); return;
+    case ScaleType::kE4m3:  // as e5m3: see format/layout.hpp
+      scales[output] = scale > 0 ? static_cast<uint8_t>((BitsOf(scale) >> 20) - (117 << 3)) : 0;
+      return;
+  }
+}
+
+inline void StoreOutputScale(uint8_t* panel, size_t output, float scale) {
+  memcpy(panel + output * sizeof scale, &scale, sizeof scale);
 }
 
 // Codes [16][padded_cols] to 64-byte rows.
-inline void InterleaveBytes(const uint8_t* codes, const MatrixLayout& m, uint8_t* panel) {
+template <class Format>
+inline void InterleaveCodes(const typename Format::Code* codes, const MatrixLayout& m,
+                            uint8_t* panel) {
   for (size_t g = 0; g < m.groups; ++g) {
     uint8_t* target = panel + m.Weights(g);
     const size_t first = g * m.group_cols, last = first + m.group_cols;
-    if (m.element == Element::kInt8) {
-      for (size_t k = first; k < last; k += 4)
-        for (size_t n = 0; n < kPanel; ++n, target += 4)
-          memcpy(target, codes + n * m.padded_cols + k, 4);
-      continue;
-    }
-    for (size_t k = first; k < last; k += 8)
+    for (size_t k = first; k < last; k += Format::kValuesPerRow)
       for (size_t n = 0; n < kPanel; ++n, target += 4) {
-        uint64_t eight;
-        memcpy(&eight, codes + n * m.padded_cols + k, 8);
-        const uint32_t nibbles = static_cast<uint32_t>(eight | eight >> 28);
-        memcpy(target, &nibbles, 4);
+        const uint32_t lane = Format::Lane(codes + n * m.padded_cols + k);
+        memcpy(target, &lane, 4);
       }
   }
 }
 
-inline bool PackBf16Panel(const float* values, const MatrixLayout& m, uint16_t* codes,
-                          uint8_t* target) {
-  uint32_t bad = 0;
-  for (size_t i = 0; i < kPanel * m.padded_cols; ++i) {
-    codes[i] = ToBf16(values[i]);
-    bad |= (codes[i] & 0x7f80u) == 0x7f80u;  // also float32 that rounds to infinity
-  }
-  for (size_t k = 0; k < m.padded_cols; k += 2)
-    for (size_t n = 0; n < kPanel; ++n, target += 4)
-      memcpy(target, codes + n * m.padded_cols + k, 4);
-  return bad == 0;
-}
-
-inline bool QuantizePanel(const float* values, const MatrixLayout& m, uint8_t* codes,
-                          uint8_t* target) {
-  const size_t group = m.group_cols;
-  const uint8_t offset = m.element == Element::kInt4 && !m.has_zero_point ? 8 : 0;
+template <class Format>
+inline bool QuantizePanel(const PackArgs& args, size_t panel, float* values, uint8_t* target) {
+  const MatrixLayout& m = *args.layout;
+  auto* codes = reinterpret_cast<typename Format::Code*>(values + kPanel * m.padded_cols);
+  LoadPanel(args, panel, values);
   if (!AllFinite(values, kPanel * m.padded_cols)) return false;
   bool ok = true;
-  for (size_t n = 0; n < kPanel; ++n)
+  for (size_t n = 0; n < kPanel; ++n) {
+    const float* row = values + n * m.padded_cols;
+    float output_scale = 1.0f;
+    if constexpr (Format::kIsSmallFloat)
+      if (m.scale == ScaleType::kE4m3) {
+        output_scale = LargestMagnitude(row, m.padded_cols) / (Format::kLargest * kLargestE4m3);
+        StoreOutputScale(target, n, output_scale);
+      }
     for (size_t g = 0; g < m.groups; ++g) {
-      const float* x = values + n * m.padded_cols + g * group;
-      uint8_t* c = codes + n * m.padded_cols + g * group;
-      const GroupCode code =
-          m.has_zero_point ? QuantizeAsymmetric(x, group, m, c) : QuantizeSymmetric(x, group, m, c);
-      for (size_t i = 0; i < group; ++i) c[i] = static_cast<uint8_t>(c[i] + offset);
-      ok &= IsFinite(code.scale);
-      StoreScale(target, m, g, n, code.scale);
-      if (m.has_zero_point) target[m.Zeros(g) + n] = code.zero;
+      const size_t first = g * m.group_cols;
+      const GroupCode group = Format::Quantize(row + first, m.group_cols, m, output_scale,
+                                               codes + n * m.padded_cols + first);
+      ok &= IsFinite(group.scale);
+      StoreScale(target, m, g, n, group.scale);
+      if (m.has_zero_point) target[m.Zeros(g) + n] = group.zero;
     }
-  InterleaveBytes(codes, m, target);
+  }
+  InterleaveCodes<Format>(codes, m, target);
   return ok;
 }
 
 // Already quantised: codes [rows, cols], scales and zero points [rows, groups of cols].
+template <class Format>
 inline bool CopyPanel(const PackArgs& args, size_t panel, uint8_t* codes, uint8_t* target) {
   const MatrixLayout& m = *args.layout;
   const SourceMatrix& s = args.source;
   const size_t source_groups = m.group ? (m.cols + m.group - 1) / m.group : 1;
-  const uint8_t offset = m.element == Element::kInt4 && !m.has_zero_point ? 8 : 0;
   const uint8_t* raw = static_cast<const uint8_t*>(s.data);
   bool ok = true;
   for (size_t n = 0; n < kPanel; ++n) {
     const size_t row = panel * kPanel + n;
     uint8_t* c = codes + n * m.padded_cols;
-    for (size_t i = 0; i < m.padded_cols; ++i) c[i] = offset;
+    for (size_t i = 0; i < m.padded_cols; ++i) c[i] = Format::FromCanonical(0);
     if (row >= m.rows) continue;
     for (size_t i = 0; i < m.cols; ++i) {
-      c[i] = static_cast<uint8_t>(raw[row * m.cols + i] + offset);
+      ok &= Format::IsNumber(raw[row * m.cols + i]);
+      c[i] = Format::FromCanonical(raw[row * m.cols + i]);
+    }
+    if (m.scale == ScaleType::kE4m3) {
+      ok &= IsFinite(s.output_scales[row]);
+      StoreOutputScale(target, n, s.output_scales[row]);
     }
     for (size_t g = 0; g < source_groups; ++g) {
       const float scale = s.scales[row * source_groups + g];
-      ok &= IsFinite(StoredScale(scale, m));
+      ok &= IsFinite(StoredScale(scale, m.scale));
       StoreScale(target, m, g, n, scale);
+      const size_t first = g * m.group_cols, end = first + m.group_cols;
+      if (m.scale == ScaleType::kE4m3 && scale == 0)  // e5m3 has no other way to say so
+        for (size_t i = first; i < end; ++i) c[i] = Format::FromCanonical(0);
       if (!m.has_zero_point) continue;
       const uint8_t zero = s.zero_points[row * source_groups + g];
       target[m.Zeros(g) + n] = zero;
-      const size_t end = m.group ? (g + 1) * m.group : m.padded_cols;
       for (size_t i = m.cols; i < end; ++i) c[i] = zero;  // inputs beyond the last are worth 0
     }
   }
-  InterleaveBytes(codes, m, target);
+  InterleaveCodes<Format>(codes, m, target);
   return ok;
 }
 
-bool Pack(const PackArgs& args) {
+template <class Format>
+inline bool PackPanels(const PackArgs& args) {
   const MatrixLayout& m = *args.layout;
-  float* values = static_cast<float*>(args.scratch);
-  void* codes = values + kPanel * m.padded_cols;
   for (size_t p = 0; p < m.panels; ++p) {
     uint8_t* target = args.target + p * args.panel_stride;
+    memset(target, 0, m.front_bytes);
     for (size_t g = 0; g < m.groups; g += m.block_groups)
       memset(target + m.Block(g), 0, m.header_bytes);  // padding has scale and zero 0
-    if (args.source.scales != nullptr) {
-      if (!CopyPanel(args, p, static_cast<uint8_t*>(codes), target)) return false;
-      continue;
-    }
-    LoadPanel(args, p, values);
-    const bool ok = m.element == Element::kBf16
-                        ? PackBf16Panel(values, m, static_cast<uint16_t*>(codes), target)
-                        : QuantizePanel(values, m, static_cast<uint8_t*>(codes), target);
-    if (!ok) return false;
+    if constexpr (Format::kHasScale)
+      if (args.source.scales != nullptr) {
+        if (!CopyPanel<Format>(args, p, static_cast<uint8_t*>(args.scratch), target)) return false;
+        continue;
+      }
+    if (!QuantizePanel<Format>(args, p, static_cast<float*>(args.scratch), target)) return false;
   }
   return true;
+}
+
+bool Pack(const PackArgs& args) {
+  return VisitFormat(*args.layout, [&](auto format) { return PackPanels<decltype(format)>(args); });
 }
 
 }  // namespace

@@ -12,19 +12,16 @@ struct Int8Product {
   static constexpr size_t kInputsPerStep = kStep;
 
   static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
-    ForGroups(panel, layout,
-              [&](size_t, const uint8_t* from_scales, const uint8_t* zeros, const uint8_t* from) {
-                LoadScales(from_scales, layout.scale).Store(scales);
-                scales += kPanel;
-                const I32 offset =
-                    Format::DotOffset(Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0));
-                for (size_t k = 0; k < layout.group_cols;
-                     k += Format::kValuesPerRow, from += kRowBytes) {
-                  const I32 row = I32::Load(from);
-                  for (int i = 0; i < Format::kDotsPerRow; ++i, to += kRowBytes)
-                    Format::DotOperand(row, i, offset).Store(to);
-                }
-              });
+    ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* from) {
+      scale.Store(scales);
+      scales += kPanel;
+      const I32 offset = Format::DotOffset(zero);
+      for (size_t k = 0; k < layout.group_cols; k += Format::kValuesPerRow, from += kRowBytes) {
+        const I32 row = I32::Load(from);
+        for (int i = 0; i < Format::kDotsPerRow; ++i, to += kRowBytes)
+          Format::DotOperand(row, i, offset).Store(to);
+      }
+    });
   }
   template <int M>
   static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows& rows,
@@ -44,18 +41,15 @@ struct Bf16Product {
   static constexpr size_t kInputsPerStep = 16;
 
   static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
-    ForGroups(panel, layout,
-              [&](size_t, const uint8_t* from_scales, const uint8_t* zeros, const uint8_t* from) {
-                LoadScales(from_scales, layout.scale).Store(scales);
-                scales += kPanel;
-                const I32 zero = Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0);
-                for (size_t k = 0; k < layout.group_cols;
-                     k += Format::kValuesPerRow, from += kRowBytes) {
-                  const I32 row = I32::Load(from);
-                  for (int i = 0; i < Format::kValuesPerRow / 2; ++i, to += kRowBytes)
-                    Format::Bf16Operand(row, i, zero).Store(to);
-                }
-              });
+    ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* from) {
+      scale.Store(scales);
+      scales += kPanel;
+      for (size_t k = 0; k < layout.group_cols; k += Format::kValuesPerRow, from += kRowBytes) {
+        const I32 row = I32::Load(from);
+        for (int i = 0; i < Format::kValuesPerRow / 2; ++i, to += kRowBytes)
+          Format::Bf16Operand(row, i, zero).Store(to);
+      }
+    });
   }
   template <int M>
   static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows&,
@@ -83,34 +77,30 @@ struct F32Product {
 };
 
 template <class Format, class Visitor>
-inline void VisitInteger(const MatrixLayout& layout, const ActivationRows& rows,
-                         const Visitor& visitor) {
-  if (rows.precision == Precision::kBf16) return visitor(Bf16Product<Format>{});
-  if (rows.precision == Precision::kFloat32) return visitor(F32Product<Format>{});
+inline void VisitInt8Product(const MatrixLayout& layout, const ActivationRows& rows,
+                             const Visitor& visitor) {
   if (layout.group == 0)
     return rows.step == 64 ? visitor(Int8Product<Format, false, 64>{})
                            : visitor(Int8Product<Format, false, 32>{});
-  return rows.step == 64 ? visitor(Int8Product<Format, true, 64>{})
-                         : visitor(Int8Product<Format, true, 32>{});
+  if (rows.step == 64) return visitor(Int8Product<Format, true, 64>{});
+  if constexpr (Format::kSmallestGroup < 32)
+    if (rows.step == 16) return visitor(Int8Product<Format, true, 16>{});
+  return visitor(Int8Product<Format, true, 32>{});
 }
 
-// --8<-- [start:visit]
-// Calls visitor(Product{}) with the product for this format and precision. The choice is made once
-// per call of a kernel, outside every loop.
+// Calls visitor(Product{}) with the product for this format and precision.
 template <class Visitor>
 inline void VisitProduct(const MatrixLayout& layout, const ActivationRows& rows,
                          const Visitor& visitor) {
-  switch (layout.element) {
-    case Element::kBf16:
-      return rows.precision == Precision::kBf16 ? visitor(Bf16Product<Bf16>{})
-                                                : visitor(F32Product<Bf16>{});
-    case Element::kInt8: return VisitInteger<Int8>(layout, rows, visitor);
-    case Element::kInt4:
-      return layout.has_zero_point ? VisitInteger<Int4<true>>(layout, rows, visitor)
-                                   : VisitInteger<Int4<false>>(layout, rows, visitor);
-  }
+  VisitFormat(layout, [&](auto format) {
+    using Format = decltype(format);
+    if (rows.precision == Precision::kBf16) return visitor(Bf16Product<Format>{});
+    if constexpr (Format::kHasInt8)
+      if (rows.precision == Precision::kInt8)
+        return VisitInt8Product<Format>(layout, rows, visitor);
+    return visitor(F32Product<Format>{});
+  });
 }
-// --8<-- [end:visit]
 
 template <int M>
 struct Size {

@@ -46,8 +46,11 @@ inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale
 
 // What DotOperand adds to each weight.
 inline int32_t DotZero(const MatrixLayout& weights) {
-  if (weights.element == Element::kInt8) return Int8::kDotZero;
-  return weights.has_zero_point ? Int4<true>::kDotZero : Int4<false>::kDotZero;
+  return VisitFormat(weights, [](auto format) -> int32_t {
+    using Format = decltype(format);
+    if constexpr (Format::kHasInt8) return Format::kDotZero;
+    return 0;
+  });
 }
 
 void Prepare(const PrepareArgs& args) {

@@ -113,6 +113,39 @@ inline F32 AsF32(I32 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps
 
 inline I32 AsI32(F32 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 
+inline bool AnyByteClear(I32 a, I32 mask) {
+  const I32 bits = And(a, mask);
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i clear =
+      _mm256_or_si256(_mm256_cmpeq_epi8(bits.lo, zero), _mm256_cmpeq_epi8(bits.hi, zero));
+  return _mm256_movemask_epi8(clear) != 0;
+}
+
+// pshufb looks up bytes, within halves of a register, and gives 0 where its index is negative.
+template <class Table>
+struct BytesOfHalves {
+  alignas(32) uint8_t low[32] = {}, high[32] = {};
+  constexpr BytesOfHalves() {
+    for (int i = 0; i < 32; ++i) {
+      low[i] = Table::kHalves[i % 16] & 255;
+      high[i] = Table::kHalves[i % 16] >> 8;
+    }
+  }
+};
+template <class Table>
+inline I32 LookupHalves(I32 a) {
+  static constexpr BytesOfHalves<Table> kTable;
+  const I32 index = And(a, I32::Set(0x000f000f));
+  const I32 low_index = Xor(index, I32::Set(static_cast<int32_t>(0x80008000u)));
+  const I32 high_index = Xor(Shl(index, 8), I32::Set(0x00800080));
+  const __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTable.low));
+  const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTable.high));
+  return {_mm256_or_si256(_mm256_shuffle_epi8(low, low_index.lo),
+                          _mm256_shuffle_epi8(high, high_index.lo)),
+          _mm256_or_si256(_mm256_shuffle_epi8(low, low_index.hi),
+                          _mm256_shuffle_epi8(high, high_index.hi))};
+}
+
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 inline __m256i RoundToBf16(__m256 x) {

@@ -71,6 +71,22 @@ inline F32 AsF32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 
 inline I32 AsI32(F32 a) { return {_mm512_castps_si512(a.v)}; }
 
+inline bool AnyByteClear(I32 a, I32 mask) { return _mm512_testn_epi8_mask(a.v, mask.v) != 0; }
+
+// vpermw looks at 5 bits: the table stands there twice.
+template <class Table>
+struct TwiceHalves {
+  alignas(64) uint16_t halves[32] = {};
+  constexpr TwiceHalves() {
+    for (int i = 0; i < 32; ++i) halves[i] = Table::kHalves[i % 16];
+  }
+};
+template <class Table>
+inline I32 LookupHalves(I32 a) {
+  static constexpr TwiceHalves<Table> kTable;
+  return {_mm512_permutexvar_epi16(a.v, I32::Load(kTable.halves).v)};
+}
+
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
 #ifdef __AVX512BF16__

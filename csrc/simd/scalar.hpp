@@ -122,6 +122,24 @@ inline I32 AsI32(F32 a) {
 }
 #undef KT_LANES
 
+// Whether any byte of `a` has none of the bits of `mask`.
+inline bool AnyByteClear(I32 a, I32 mask) {
+  uint8_t bytes[64];
+  memcpy(bytes, And(a, mask).v, 64);
+  bool any = false;
+  for (uint8_t byte : bytes) any |= byte == 0;
+  return any;
+}
+
+// Table::kHalves[i] for each 16-bit half, i its low 4 bits.
+template <class Table>
+inline I32 LookupHalves(I32 a) {
+  uint16_t halves[32];
+  memcpy(halves, a.v, 64);
+  for (uint16_t& half : halves) half = Table::kHalves[half & 15];
+  return I32::Load(halves);
+}
+
 // bfloat16 `even` in the low and `odd` in the high half of each lane; both must be exact.
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 

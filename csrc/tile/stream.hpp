@@ -12,25 +12,31 @@ inline I32 LoadStreamed(const uint8_t* p) {
   return I32::Load(p);
 }
 
+// 16 scales of a group; those of the small floats may be one byte.
+template <class Format>
 inline F32 LoadScales(const uint8_t* scales, ScaleType type) {
-  switch (type) {
-    case ScaleType::kNone: return F32::Set(1.0f);
-    case ScaleType::kFloat32: return F32::Load(reinterpret_cast<const float*>(scales));
-    case ScaleType::kBf16: return F32::LoadBf16(reinterpret_cast<const uint16_t*>(scales));
-  }
-  __builtin_unreachable();
+  if constexpr (!Format::kHasScale) return F32::Set(1.0f);
+  if (type == ScaleType::kFloat32) return F32::Load(reinterpret_cast<const float*>(scales));
+  if (type == ScaleType::kBf16) return F32::LoadBf16(reinterpret_cast<const uint16_t*>(scales));
+  const I32 byte = I32::LoadU8(scales);
+  if (type == ScaleType::kE8m0) return AsF32(Shl(byte, 23));
+  return AsF32(Add(Shl(byte, 20), I32::Set(117 << 23)));  // e5m3: see format/layout.hpp
 }
 
-// Calls body(group, scales, zeros, weights) for each group of a packed panel, in the order of the
-// bytes.
-template <class Body>
+// Calls body(scales, zeros, weights) for each group of a packed panel, in the order of the bytes.
+template <class Format, class Body>
 inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, const Body& body) {
+  F32 output_scales = F32::Set(1.0f);
+  if (m.front_bytes) output_scales = F32::Load(reinterpret_cast<const float*>(panel));
+  panel += m.front_bytes;
   for (size_t first = 0; first < m.groups; first += m.block_groups) {
     const size_t end = first + m.block_groups < m.groups ? first + m.block_groups : m.groups;
     const uint8_t *scales = panel, *zeros = panel + m.zero_offset;
     panel += m.header_bytes;
     for (size_t g = first; g < end; ++g) {
-      body(g, scales, zeros, panel);
+      F32 scale = LoadScales<Format>(scales, m.scale);
+      if (m.front_bytes) scale = Mul(scale, output_scales);
+      body(scale, Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0), panel);
       scales += m.scale_bytes, zeros += kPanel, panel += m.group_bytes;
     }
   }
@@ -52,41 +58,36 @@ inline void StreamInt8(const uint8_t* panel, const MatrixLayout& layout, const A
   F32 sums[M];  // not `out`: the compiler would store it in every step
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t s = 0;
-  ForGroups(
-      panel, layout,
-      [&](size_t, const uint8_t* scales, const uint8_t* zeros, const uint8_t* weights) {
-        const I32 offset =
-            Format::DotOffset(Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0));
-        F32 group_sums[M];
-        for (F32& sum : group_sums) sum = F32::Set(0.0f);
-        for (const size_t end = s + steps_per_group; s < end; ++s, weights += kRows * kRowBytes) {
-          I32 acc[C][M];
-          for (int m = 0; m < M; ++m) {
-            acc[0][m] =
-                I32::Set(reinterpret_cast<const int32_t*>(a[m] + rows.correction_offset)[s]);
-            if (C > 1) acc[C - 1][m] = I32::Set(0);
-          }
+  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* weights) {
+    const I32 offset = Format::DotOffset(zero);
+    F32 group_sums[M];
+    for (F32& sum : group_sums) sum = F32::Set(0.0f);
+    for (const size_t end = s + steps_per_group; s < end; ++s, weights += kRows * kRowBytes) {
+      I32 acc[C][M];
+      for (int m = 0; m < M; ++m) {
+        acc[0][m] = I32::Set(reinterpret_cast<const int32_t*>(a[m] + rows.correction_offset)[s]);
+        if (C > 1) acc[C - 1][m] = I32::Set(0);
+      }
 #pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            const I32 row = LoadStreamed(weights + r * kRowBytes);
-            for (int i = 0; i < Format::kDotsPerRow; ++i) {
-              const int chain = (r * Format::kDotsPerRow + i) % C;
-              const I32 operand = Format::DotOperand(row, i, offset);
-              const size_t k = s * kStep + static_cast<size_t>(r * Format::kValuesPerRow + 4 * i);
-              for (int m = 0; m < M; ++m)
-                acc[chain][m] = Dot<Format::kIsSigned>(acc[chain][m], operand, a[m] + k);
-            }
-          }
-          for (int m = 0; m < M; ++m) {
-            const I32 dot = C > 1 ? Add(acc[0][m], acc[C - 1][m]) : acc[0][m];
-            const float a_scale =
-                reinterpret_cast<const float*>(a[m] + rows.scale_offset)[s >> scale_shift];
-            group_sums[m] = MulAdd(ToF32(dot), F32::Set(a_scale), group_sums[m]);
-          }
+      for (int r = 0; r < kRows; ++r) {
+        const I32 row = LoadStreamed(weights + r * kRowBytes);
+        for (int i = 0; i < Format::kDotsPerRow; ++i) {
+          const int chain = (r * Format::kDotsPerRow + i) % C;
+          const I32 operand = Format::DotOperand(row, i, offset);
+          const size_t k = s * kStep + static_cast<size_t>(r * Format::kValuesPerRow + 4 * i);
+          for (int m = 0; m < M; ++m)
+            acc[chain][m] = Dot<Format::kIsSigned>(acc[chain][m], operand, a[m] + k);
         }
-        const F32 scale = LoadScales(scales, layout.scale);
-        for (int m = 0; m < M; ++m) sums[m] = MulAdd(group_sums[m], scale, sums[m]);
-      });
+      }
+      for (int m = 0; m < M; ++m) {
+        const I32 dot = C > 1 ? Add(acc[0][m], acc[C - 1][m]) : acc[0][m];
+        const float a_scale =
+            reinterpret_cast<const float*>(a[m] + rows.scale_offset)[s >> scale_shift];
+        group_sums[m] = MulAdd(ToF32(dot), F32::Set(a_scale), group_sums[m]);
+      }
+    }
+    for (int m = 0; m < M; ++m) sums[m] = MulAdd(group_sums[m], scale, sums[m]);
+  });
   for (int m = 0; m < M; ++m) out[m] = sums[m];
 }
 
@@ -100,28 +101,24 @@ inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const u
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t k = 0;
-  ForGroups(panel, layout,
-            [&](size_t, const uint8_t* scales, const uint8_t* zeros, const uint8_t* weights) {
-              const I32 zero = Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0);
-              F32 acc[C][M];
-              for (auto& chain : acc)
-                for (F32& sum : chain) sum = F32::Set(0.0f);
-              for (const size_t end = k + layout.group_cols; k < end;
-                   k += 16, weights += kRows * kRowBytes)
-                for (int r = 0; r < kRows; ++r) {
-                  const I32 row = LoadStreamed(weights + r * kRowBytes);
-                  for (int i = 0; i < kOperands; ++i) {
-                    const int chain = (r * kOperands + i) % C;
-                    const I32 operand = Format::Bf16Operand(row, i, zero);
-                    const size_t at = k + static_cast<size_t>(r * Format::kValuesPerRow + 2 * i);
-                    for (int m = 0; m < M; ++m)
-                      acc[chain][m] = DotBf16(acc[chain][m], operand, a[m] + 2 * at);
-                  }
-                }
-              const F32 scale = LoadScales(scales, layout.scale);
-              for (int m = 0; m < M; ++m)
-                sums[m] = MulAdd(C > 1 ? Add(acc[0][m], acc[C - 1][m]) : acc[0][m], scale, sums[m]);
-            });
+  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* weights) {
+    F32 acc[C][M];
+    for (auto& chain : acc)
+      for (F32& sum : chain) sum = F32::Set(0.0f);
+    for (const size_t end = k + layout.group_cols; k < end; k += 16, weights += kRows * kRowBytes)
+      for (int r = 0; r < kRows; ++r) {
+        const I32 row = LoadStreamed(weights + r * kRowBytes);
+        for (int i = 0; i < kOperands; ++i) {
+          const int chain = (r * kOperands + i) % C;
+          const I32 operand = Format::Bf16Operand(row, i, zero);
+          const size_t at = k + static_cast<size_t>(r * Format::kValuesPerRow + 2 * i);
+          for (int m = 0; m < M; ++m)
+            acc[chain][m] = DotBf16(acc[chain][m], operand, a[m] + 2 * at);
+        }
+      }
+    for (int m = 0; m < M; ++m)
+      sums[m] = MulAdd(C > 1 ? Add(acc[0][m], acc[C - 1][m]) : acc[0][m], scale, sums[m]);
+  });
   for (int m = 0; m < M; ++m) out[m] = sums[m];
 }
 
@@ -132,22 +129,19 @@ inline void StreamF32(const uint8_t* panel, const MatrixLayout& layout, const ui
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t k = 0;
-  ForGroups(panel, layout,
-            [&](size_t, const uint8_t* scales, const uint8_t* zeros, const uint8_t* weights) {
-              const F32 scale = LoadScales(scales, layout.scale);
-              const F32 zero = Format::kHasZeroPoint ? ToF32(I32::LoadU8(zeros)) : F32::Set(0.0f);
-              for (const size_t end = k + layout.group_cols; k < end; weights += kRowBytes) {
-                const I32 row = I32::Load(weights);
-                for (int j = 0; j < Format::kValuesPerRow; ++j, ++k) {
-                  F32 value = Format::Value(row, j);
-                  if (Format::kHasZeroPoint) value = Sub(value, zero);
-                  if (Format::kIsInteger) value = Mul(value, scale);
-                  for (int m = 0; m < M; ++m)
-                    sums[m] =
-                        MulAdd(value, F32::Set(reinterpret_cast<const float*>(a[m])[k]), sums[m]);
-                }
-              }
-            });
+  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zeros, const uint8_t* weights) {
+    const F32 zero = ToF32(zeros);
+    for (const size_t end = k + layout.group_cols; k < end; weights += kRowBytes) {
+      const I32 row = I32::Load(weights);
+      for (int j = 0; j < Format::kValuesPerRow; ++j, ++k) {
+        F32 value = Format::Value(row, j);
+        if (Format::kHasZeroPoint) value = Sub(value, zero);
+        if (Format::kHasScale) value = Mul(value, scale);
+        for (int m = 0; m < M; ++m)
+          sums[m] = MulAdd(value, F32::Set(reinterpret_cast<const float*>(a[m])[k]), sums[m]);
+      }
+    }
+  });
   for (int m = 0; m < M; ++m) out[m] = sums[m];
 }
 

@@ -17,9 +17,10 @@ inline InputBlock BlockOfInputs(const MatrixLayout& m, size_t first) {
 
 // values[k] = the weights of input first + k for the panel's 16 outputs.
 template <class Format>
-inline void DequantizeBlock(const uint8_t* panel, const InputBlock& at, ScaleType type,
+inline void DequantizeBlock(const uint8_t* panel, const InputBlock& at, const MatrixLayout& m,
                             F32 (&values)[kPanel]) {
-  const F32 scale = LoadScales(panel + at.scales, type);
+  F32 scale = LoadScales<Format>(panel + at.scales, m.scale);
+  if (m.front_bytes) scale = Mul(scale, F32::Load(reinterpret_cast<const float*>(panel)));
   const F32 zero = Format::kHasZeroPoint ? ToF32(I32::LoadU8(panel + at.zeros)) : F32::Set(0.0f);
   constexpr int V = Format::kValuesPerRow;
 #pragma GCC unroll 8
@@ -29,7 +30,7 @@ inline void DequantizeBlock(const uint8_t* panel, const InputBlock& at, ScaleTyp
     for (int j = 0; j < V; ++j) {
       F32 value = Format::Value(row, j);
       if (Format::kHasZeroPoint) value = Sub(value, zero);
-      if (Format::kIsInteger) value = Mul(value, scale);
+      if (Format::kHasScale) value = Mul(value, scale);
       values[r * V + j] = value;
     }
   }
@@ -37,10 +38,10 @@ inline void DequantizeBlock(const uint8_t* panel, const InputBlock& at, ScaleTyp
 
 // Eight 64-byte rows of dot operands: of 16 inputs, two outputs each.
 template <class Format>
-inline void TransposeToBf16(const uint8_t* panel, const InputBlock& at, ScaleType type,
+inline void TransposeToBf16(const uint8_t* panel, const InputBlock& at, const MatrixLayout& m,
                             uint8_t* to) {
   F32 values[kPanel];
-  DequantizeBlock<Format>(panel, at, type, values);
+  DequantizeBlock<Format>(panel, at, m, values);
   I32 rows[8];
   for (int i = 0; i < 8; ++i) rows[i] = PackBf16(values[i], values[i + 8]);
   Transpose8x8(rows);
@@ -49,9 +50,10 @@ inline void TransposeToBf16(const uint8_t* panel, const InputBlock& at, ScaleTyp
 
 // Sixteen rows, one output each, of 16 inputs.
 template <class Format>
-inline void TransposeToF32(const uint8_t* panel, const InputBlock& at, ScaleType type, float* to) {
+inline void TransposeToF32(const uint8_t* panel, const InputBlock& at, const MatrixLayout& m,
+                           float* to) {
   F32 values[kPanel];
-  DequantizeBlock<Format>(panel, at, type, values);
+  DequantizeBlock<Format>(panel, at, m, values);
   float block[kPanel][kPanel];
   for (size_t k = 0; k < kPanel; ++k) values[k].Store(block[k]);
   for (size_t n = 0; n < kPanel; ++n)

@@ -12,7 +12,7 @@ from kt_core.interfaces.expert_kernel import (
 )
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
-from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat
+from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat, stored_parts
 
 __all__ = [
     "Backend",
@@ -29,4 +29,5 @@ __all__ = [
     "Ticket",
     "WeightFormat",
     "no_progress",
+    "stored_parts",
 ]

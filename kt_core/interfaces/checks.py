@@ -10,8 +10,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from kt_core.interfaces.expert_kernel import ExpertWeights, LoraWeights
-from kt_core.interfaces.weight_format import QuantizedTensor
-from kt_core.types import Element, Format, MoeSpec
+from kt_core.interfaces.weight_format import QuantizedTensor, stored_parts
+from kt_core.types import Format, MoeSpec
 
 if TYPE_CHECKING:
     import torch
@@ -162,21 +162,10 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> No
 def _check_quantized(
     name: str, tensor: QuantizedTensor, weight_format: Format, shape: tuple[int, int]
 ) -> None:
-    import torch
-
     if tensor.weight_format != weight_format:
         msg = f"{name} is {tensor.weight_format.name!r}, this layer {weight_format.name!r}"
         raise ValueError(msg)
-    groups = (shape[0], weight_format.num_groups(shape[1]))
-    if weight_format.element is Element.BF16:
-        codes = torch.bfloat16
-    else:
-        codes = torch.uint8 if weight_format.has_zero_point else torch.int8
-    wanted: dict[str, tuple[tuple[int, int], torch.dtype] | None] = {
-        "codes": (shape, codes),
-        "scales": None if weight_format.scale is None else (groups, torch.float32),
-        "zero_points": (groups, torch.uint8) if weight_format.has_zero_point else None,
-    }
+    wanted = stored_parts(weight_format, *shape)
     for part, want in wanted.items():
         value = getattr(tensor, part)
         got = None if value is None else (tuple(value.shape), value.dtype)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kt_core.types import Format
+from kt_core.types import Element, Format
 
 if TYPE_CHECKING:
     import torch
@@ -21,16 +21,47 @@ class QuantizedTensor:
 
     Attributes:
         weight_format: What the numbers mean.
-        codes: ``[out, in]``: bfloat16 (the weights), int8 (signed) or uint8 (with zero point).
+        codes: ``[out, in]``: bfloat16 (the weights), float8_e4m3fn, int8 (signed integers) or
+            uint8 (integers with a zero point; the bits of an fp4, one to the byte).
         scales: ``[out, groups]`` float32 holding values the format's scale type can represent;
             None for bf16.
         zero_points: ``[out, groups]`` uint8; None for a format without.
+        output_scales: ``[out]`` float32, which multiply the scales of an output's groups; None for
+            a format without.
     """
 
     weight_format: Format
     codes: torch.Tensor
     scales: torch.Tensor | None = None
     zero_points: torch.Tensor | None = None
+    output_scales: torch.Tensor | None = None
+
+
+def stored_parts(
+    weight_format: Format, out_features: int, in_features: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+    """Return shape and dtype of each tensor of a ``QuantizedTensor``; None for those it lacks."""
+    import torch
+
+    if weight_format.has_zero_point:
+        codes = torch.uint8
+    else:
+        codes = {
+            Element.BF16: torch.bfloat16,
+            Element.FP8: torch.float8_e4m3fn,
+            Element.INT8: torch.int8,
+            Element.INT4: torch.int8,
+            Element.FP4: torch.uint8,
+        }[weight_format.element]
+    groups = (out_features, weight_format.num_groups(in_features))
+    return {
+        "codes": ((out_features, in_features), codes),
+        "scales": None if weight_format.scale is None else (groups, torch.float32),
+        "zero_points": (groups, torch.uint8) if weight_format.has_zero_point else None,
+        "output_scales": (
+            ((out_features,), torch.float32) if weight_format.has_output_scale else None
+        ),
+    }
 
 
 class WeightFormat(ABC):

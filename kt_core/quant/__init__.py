@@ -11,6 +11,6 @@ __all__ = ["BUILT_IN_FORMATS", "ReferenceFormat", "kt_register_formats"]
 
 @hookimpl
 def kt_register_formats(register: Register[WeightFormat]) -> None:
-    """Register bf16, int8 and int4 in their group sizes."""
+    """Register the table."""
     for weight_format in BUILT_IN_FORMATS:
         register(weight_format)

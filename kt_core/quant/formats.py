@@ -43,7 +43,7 @@ def _int4(group_size: int, *, has_zero_point: bool = False) -> Format:
     )
 
 
-def _int8_grouped(group_size: int) -> Format:
+def _int8(group_size: int) -> Format:
     return Format(
         name=f"int8-g{group_size}",
         element=Element.INT8,
@@ -52,11 +52,22 @@ def _int8_grouped(group_size: int) -> Format:
     )
 
 
+def _float(name: str, element: Element, scale: ScaleType, group_size: int | None) -> Format:
+    return Format(name=name, element=element, scale=scale, group_size=group_size)
+
+
 BUILT_IN_FORMATS: tuple[WeightFormat, ...] = (
     ReferenceFormat(Format(name="bf16", element=Element.BF16)),
     ReferenceFormat(Format(name="int8", element=Element.INT8, scale=ScaleType.FLOAT32)),
-    *(ReferenceFormat(_int8_grouped(size)) for size in (32, 64, 128)),
+    *(ReferenceFormat(_int8(size)) for size in (16, 32, 64, 128)),
     ReferenceFormat(_int4(32), aliases=("int4",)),
     *(ReferenceFormat(_int4(size)) for size in (64, 128)),
     *(ReferenceFormat(_int4(size, has_zero_point=True)) for size in (32, 64, 128)),
+    # The scales of checkpoints in blocks of 128 x 128 are repeated for the outputs of a block.
+    ReferenceFormat(_float("fp8", Element.FP8, ScaleType.FLOAT32, 128)),
+    ReferenceFormat(_float("fp8-channel", Element.FP8, ScaleType.FLOAT32, None)),
+    ReferenceFormat(_float("mxfp8", Element.FP8, ScaleType.E8M0, 32)),
+    ReferenceFormat(_float("mxfp4", Element.FP4, ScaleType.E8M0, 32)),
+    ReferenceFormat(_float("nvfp4", Element.FP4, ScaleType.E4M3, 16)),
 )
+"""The table."""

@@ -4,7 +4,12 @@ Backends must store the same codes and scales, bit for bit. Round-to-nearest, ti
 
 * symmetric: ``scale = max|w| / 7`` (int4) or ``/ 127`` (int8), ``code = round(w / scale)``;
 * with zero point: ``scale = (max(w, 0) - min(w, 0)) / 15``, ``zero = round(-min(w, 0) / scale)``,
-  ``code = round(w / scale) + zero``.
+  ``code = round(w / scale) + zero``;
+* fp8 and fp4: ``scale = max|w| / 448`` or ``/ 6``, ``code`` the nearest number of that type;
+* with e8m0 scales: ``scale = 2^(floor(log2(max|w|)) - 8)`` or ``- 2``; what then lies beyond the
+  largest number is clamped (OCP Microscaling Formats 1.0, section 6.3);
+* with e4m3 scales (NVFP4): ``output_scale = max|w| / (6 * 448)`` of the whole output,
+  ``scale = e4m3(max|w| / 6 / output_scale)`` of the group.
 
 The scale is rounded to its stored type *before* the codes are made, so that they are the best
 codes for the scale that will be used.
@@ -17,6 +22,27 @@ from torch.nn import functional
 
 from kt_core.interfaces import QuantizedTensor
 from kt_core.types import Element, Format, ScaleType
+
+FP4_VALUES = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
+LARGEST = {Element.FP8: 448.0, Element.FP4: 6.0}
+LARGEST_EXPONENT = {Element.FP8: 8, Element.FP4: 2}
 
 
 def quantize(weight: torch.Tensor, weight_format: Format) -> QuantizedTensor:
@@ -36,17 +62,20 @@ def quantize(weight: torch.Tensor, weight_format: Format) -> QuantizedTensor:
         _check_finite(stored)
         return QuantizedTensor(weight_format=weight_format, codes=stored)
     groups = _grouped(values, weight_format)
+    zeros = outputs = None
     if weight_format.has_zero_point:
         codes, scales, zeros = _asymmetric(groups, weight_format)
-    else:
+    elif weight_format.element.is_integer:
         codes, scales = _symmetric(groups, weight_format)
-        zeros = None
+    else:
+        codes, scales, outputs = _float(groups, weight_format)
     _check_finite(scales)
     return QuantizedTensor(
         weight_format=weight_format,
         codes=codes.flatten(1)[:, : weight.shape[1]].contiguous(),
         scales=scales.squeeze(-1).contiguous(),
         zero_points=zeros,
+        output_scales=outputs,
     )
 
 
@@ -60,10 +89,19 @@ def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
     def spread(per_group: torch.Tensor) -> torch.Tensor:
         return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
 
-    codes = quantized.codes.float()
+    codes = _numbers(quantized)
     if quantized.zero_points is not None:
         codes = codes - spread(quantized.zero_points)
-    return codes * spread(quantized.scales)
+    scales = quantized.scales
+    if quantized.output_scales is not None:
+        scales = scales * quantized.output_scales[:, None]
+    return codes * spread(scales)
+
+
+def _numbers(quantized: QuantizedTensor) -> torch.Tensor:
+    if quantized.weight_format.element is Element.FP4:
+        return torch.tensor(FP4_VALUES)[quantized.codes.long()]
+    return quantized.codes.float()
 
 
 def _check_finite(values: torch.Tensor) -> None:
@@ -104,3 +142,40 @@ def _asymmetric(
     zero = _divide(-low, scale).clamp(0, 15).round()
     codes = (_divide(groups, scale).clamp(-15, 15).round() + zero).clamp(0, 15)
     return codes.to(torch.uint8), scale, zero.squeeze(-1).to(torch.uint8).contiguous()
+
+
+def _float(
+    groups: torch.Tensor, weight_format: Format
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales, and scales of outputs."""
+    element = weight_format.element
+    largest = LARGEST[element]
+    peak = groups.abs().amax(dim=-1, keepdim=True)
+    outputs = None
+    if weight_format.scale is ScaleType.E8M0:
+        exponent = (peak.view(torch.int32) >> 23) - LARGEST_EXPONENT[element]
+        scale = (exponent.clamp(min=1) << 23).view(torch.float32)
+        scale = torch.where(peak > 0, scale, 2.0**-127)  # the least there is
+        step = scale
+    elif weight_format.scale is ScaleType.E4M3:
+        outputs = peak.amax(dim=1, keepdim=True) / (largest * LARGEST[Element.FP8])
+        wanted = _divide(peak / largest, outputs).clamp(max=LARGEST[Element.FP8])
+        scale = wanted.to(torch.float8_e4m3fn).float()
+        step = scale * outputs
+        outputs = outputs.flatten()
+    else:
+        step = scale = _stored(peak / largest, weight_format)
+    values = _divide(groups, step).clamp(-largest, largest)
+    codes = _nearest_fp4(values) if element is Element.FP4 else values.to(torch.float8_e4m3fn)
+    return codes, scale, outputs
+
+
+def _nearest_fp4(values: torch.Tensor) -> torch.Tensor:
+    """The code of the nearest e2m1; of two that are as near, the even one."""
+    magnitude = values.abs()
+    codes = torch.signbit(values).to(torch.uint8) * 8
+    for code in range(7):
+        middle = (FP4_VALUES[code] + FP4_VALUES[code + 1]) / 2
+        is_above = magnitude > middle if code % 2 == 0 else magnitude >= middle
+        codes += is_above.to(torch.uint8)
+    return codes

@@ -319,13 +319,13 @@ def named_precision(
     """Return the precision that ``AUTO`` stands for, or the one that was named."""
     if precision is not ActivationPrecision.AUTO:
         return precision
-    if weight_format.element is not Element.BF16:
+    if weight_format.element.is_integer:
         return ActivationPrecision.INT8
-    is_bf16 = hidden_type is torch.bfloat16
-    return ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.FLOAT32
+    is_exact = weight_format.element is Element.BF16 and hidden_type is not torch.bfloat16
+    return ActivationPrecision.FLOAT32 if is_exact else ActivationPrecision.BF16
 
 
 def _precisions(weight_format: Format) -> frozenset[ActivationPrecision]:
-    is_bf16 = weight_format.element is Element.BF16
-    own = ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.INT8
-    return frozenset({ActivationPrecision.AUTO, ActivationPrecision.FLOAT32, own})
+    if weight_format.element.is_integer:
+        return frozenset(ActivationPrecision)
+    return frozenset(ActivationPrecision) - {ActivationPrecision.INT8}

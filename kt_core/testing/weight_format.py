@@ -20,6 +20,16 @@ SIZES = (1, 31, 32, 33, 64, 65, 127, 128, 129, 300)
 # Codes of one group, from the lowest to the highest that quantising uses.
 STEPS = {Element.INT8: 254, Element.INT4: 14}
 STEPS_WITH_ZERO_POINT = 15
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Of the small floats: half the distance of two numbers, relative to them and the least there is,
+# and the largest number.
+HALF_STEP = {Element.FP8: (2.0**-4, 2.0**-10), Element.FP4: (2.0**-2, 0.25)}
+LARGEST = {Element.FP8: 448.0, Element.FP4: 6.0}
+SCALE_TYPES = {
+    ScaleType.BF16: torch.bfloat16,
+    ScaleType.E8M0: torch.float8_e8m0fnu,
+    ScaleType.E4M3: torch.float8_e4m3fn,
+}
 
 
 class WeightFormatContract(OneTorchThread):
@@ -101,7 +111,7 @@ class WeightFormatContract(OneTorchThread):
                 error = (weight_format.dequantize(second).double() - restored.double()).abs()
                 assert bool((error <= _allowed_error(second, restored)).all())
             else:
-                assert torch.equal(second.codes, first.codes)
+                assert torch.equal(second.codes.float(), first.codes.float())
 
     def test_refuses_numbers_that_are_not_finite(self, weight_format: WeightFormat) -> None:
         """A NaN or an infinity, wherever it stands."""
@@ -134,6 +144,8 @@ class WeightFormatContract(OneTorchThread):
                 bits += stored.scales.numel() * SCALE_BITS[descriptor.scale]
             if stored.zero_points is not None:
                 bits += stored.zero_points.numel() * 8
+            if stored.output_scales is not None:
+                bits += stored.output_scales.numel() * 32
             claimed = descriptor.bits_per_weight(inputs) * stored.codes.numel()
             assert abs(claimed - bits) < 1e-6 * bits
 
@@ -158,15 +170,18 @@ def _with_outlier(rows: int, inputs: int) -> torch.Tensor:
 
 
 def _check_stored(stored: QuantizedTensor, descriptor: Format, rows: int, inputs: int) -> None:
+    types = {
+        Element.BF16: torch.bfloat16,
+        Element.FP8: torch.float8_e4m3fn,
+        Element.FP4: torch.uint8,
+    }
     integer = torch.uint8 if descriptor.has_zero_point else torch.int8
     groups = (rows, descriptor.num_groups(inputs))
     wanted = {
-        "codes": (
-            (rows, inputs),
-            torch.bfloat16 if descriptor.element is Element.BF16 else integer,
-        ),
+        "codes": ((rows, inputs), types.get(descriptor.element, integer)),
         "scales": None if descriptor.scale is None else (groups, torch.float32),
         "zero_points": (groups, torch.uint8) if descriptor.has_zero_point else None,
+        "output_scales": ((rows,), torch.float32) if descriptor.has_output_scale else None,
     }
     assert [field.name for field in fields(stored)] == ["weight_format", *wanted]
     assert stored.weight_format == descriptor
@@ -174,8 +189,12 @@ def _check_stored(stored: QuantizedTensor, descriptor: Format, rows: int, inputs
         value = getattr(stored, name)
         got = None if value is None else (tuple(value.shape), value.dtype)
         assert got == want, f"{name} of {inputs} inputs: {got}, want {want}"
-    if descriptor.scale is ScaleType.BF16 and stored.scales is not None:
-        assert torch.equal(stored.scales.bfloat16().float(), stored.scales), "scales are not bf16"
+    scale_type = SCALE_TYPES.get(descriptor.scale) if descriptor.scale else None
+    if scale_type is not None and stored.scales is not None:
+        held = stored.scales.to(scale_type).float()
+        assert torch.equal(held, stored.scales), f"scales are not {descriptor.scale}"
+    if descriptor.element is Element.FP4:
+        assert int(stored.codes.max()) <= 15
     if descriptor.element is Element.INT4:
         low, high = (0, 15) if descriptor.has_zero_point else (-8, 7)
         assert low <= int(stored.codes.min()) <= int(stored.codes.max()) <= high
@@ -183,10 +202,21 @@ def _check_stored(stored: QuantizedTensor, descriptor: Format, rows: int, inputs
 
 def _formula(stored: QuantizedTensor) -> torch.Tensor:
     """``scale * (code - zero point)``, in float32: exact but for the product's rounding."""
-    codes = stored.codes.float()
+    if stored.weight_format.element is Element.FP4:
+        codes = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)])[stored.codes.long()]
+    else:
+        codes = stored.codes.float()
     if stored.zero_points is not None:
         codes = codes - _spread(stored, stored.zero_points)
-    return codes if stored.scales is None else codes * _spread(stored, stored.scales)
+    return codes if stored.scales is None else codes * _spread(stored, _scales(stored))
+
+
+def _scales(stored: QuantizedTensor) -> torch.Tensor:
+    """``[out, groups]``, what stands for the whole output multiplied in."""
+    assert stored.scales is not None
+    if stored.output_scales is None:
+        return stored.scales
+    return stored.scales * stored.output_scales[:, None]
 
 
 def _spread(stored: QuantizedTensor, per_group: torch.Tensor) -> torch.Tensor:
@@ -208,7 +238,9 @@ def _allowed_error(stored: QuantizedTensor, weight: torch.Tensor) -> torch.Tenso
     if stored.scales is None:
         return BF16_ROUNDOFF * magnitude
     descriptor = stored.weight_format
-    step = _spread(stored, stored.scales).double()
+    step = _spread(stored, _scales(stored)).double()
+    if not descriptor.element.is_integer:
+        return _allowed_float_error(stored, step, magnitude)
     roundoff = BF16_ROUNDOFF if descriptor.scale is ScaleType.BF16 else UNIT_ROUNDOFF
     roundoff = roundoff / (1 - roundoff)
     if descriptor.has_zero_point:
@@ -217,3 +249,28 @@ def _allowed_error(stored: QuantizedTensor, weight: torch.Tensor) -> torch.Tenso
         steps = max(0.5, STEPS[descriptor.element] / 2 * roundoff)
     # Dividing by the scale and multiplying with the code round once each, in float32.
     return steps * step + 4 * UNIT_ROUNDOFF * magnitude
+
+
+def _allowed_float_error(
+    stored: QuantizedTensor, step: torch.Tensor, magnitude: torch.Tensor
+) -> torch.Tensor:
+    """Half the distance of two numbers, and what is cut off beyond the largest.
+
+    A power of two is at most a factor below ``max|w| / largest``: 8 / 6 for e2m1, 512 / 448 for
+    e4m3. An e4m3 scale is rounded by 2^-4 of itself, or, where it is subnormal, by 2^-10.
+    """
+    descriptor = stored.weight_format
+    relative, least = HALF_STEP[descriptor.element]
+    error = torch.maximum(relative * magnitude, least * step)
+    beyond = (magnitude - LARGEST[descriptor.element] * step).clamp(min=0)
+    if descriptor.scale is ScaleType.E8M0:
+        beyond = torch.minimum(beyond, LARGEST[descriptor.element] / 3 * step)
+    elif descriptor.scale is ScaleType.E4M3:
+        assert stored.output_scales is not None
+        scale = _spread(stored, stored.scales if stored.scales is not None else step).double()
+        lost = torch.maximum(scale * 2.0**-4, torch.full_like(scale, 2.0**-10))
+        lost = lost * stored.output_scales[:, None] * (1 + 4 * UNIT_ROUNDOFF)
+        beyond = torch.minimum(beyond, LARGEST[descriptor.element] * lost)
+    else:
+        beyond = torch.zeros_like(beyond)
+    return torch.maximum(error, beyond) + 4 * UNIT_ROUNDOFF * magnitude

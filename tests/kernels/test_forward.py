@@ -26,7 +26,6 @@ from kt_cpu.backend import CpuDevice
 
 ISAS = [name for name, is_supported in _kernels.isas() if is_supported]
 FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
-FAST = {Element.BF16: ActivationPrecision.BF16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,8 +79,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
 
 
 def precisions(weight_format: WeightFormat) -> list[ActivationPrecision]:
-    fast = FAST.get(weight_format.descriptor.element, ActivationPrecision.INT8)
-    return [fast, ActivationPrecision.FLOAT32]
+    is_integer = weight_format.descriptor.element.is_integer
+    fast = [ActivationPrecision.INT8] if is_integer else []
+    return [*fast, ActivationPrecision.BF16, ActivationPrecision.FLOAT32]
 
 
 CELLS = [
@@ -90,7 +90,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("weight_format", "precision"), CELLS)
-@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 130])  # 130: unpacked first
 def test_matches_the_reference(
     device: CpuDevice, weight_format: WeightFormat, precision: ActivationPrecision, tokens: int
 ) -> None:
@@ -99,7 +99,7 @@ def test_matches_the_reference(
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(1, 1), (15, 17), (16, 16), (63, 65), (129, 31)])
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4-g32", "int4-g64-asym"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4-g32", "int4-g64-asym", "fp8", "nvfp4"])
 def test_odd_shapes(device: CpuDevice, name: str, hidden: int, inner: int) -> None:
     spec = MoeSpec(num_experts=3, hidden_size=hidden, intermediate_size=inner)
     for precision in precisions(FORMATS[name]):

@@ -80,6 +80,7 @@ class Matrix:
     codes: NDArray[np.int32]  # [padded rows, padded cols]; the 16 bits of a bfloat16
     scales: NDArray[np.float32]  # [padded rows, groups]; no groups for bf16
     zeros: NDArray[np.int32]  # [padded rows, groups]; 0 where codes are signed
+    outputs: NDArray[np.float32]  # [padded rows], or empty
 
 
 class Bytes:
@@ -98,7 +99,27 @@ class Bytes:
         return np.frombuffer(piece, dtype)
 
 
-SCALE_TYPES = {None: "V0", ScaleType.FLOAT32: "<f4", ScaleType.BF16: "<u2"}
+SCALE_TYPES = {
+    None: "V0",
+    ScaleType.FLOAT32: "<f4",
+    ScaleType.BF16: "<u2",
+    ScaleType.E8M0: "u1",
+    ScaleType.E4M3: "u1",
+}
+
+
+def read_scales(raw: NDArray[np.generic], kind: ScaleType | None) -> NDArray[np.generic]:
+    """One-byte scales: an exponent of bias 127, or e5m3 with bias 10 (zero means zero)."""
+    match kind:
+        case ScaleType.BF16:
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        case ScaleType.E8M0:
+            return np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
+        case ScaleType.E4M3:
+            exponent = (raw >> 3).astype(np.int32) - 10
+            value = np.ldexp(1 + (raw & 7) / 8, exponent).astype(np.float32)
+            return np.where(raw == 0, np.float32(0), value)
+    return raw
 
 
 def take_panel(raw: Bytes, weight_format: Format, cols: int) -> Matrix:
@@ -112,24 +133,23 @@ def take_panel(raw: Bytes, weight_format: Format, cols: int) -> Matrix:
     while group_size and block * (scale_bytes + zero_bytes) % 64:
         block *= 2
 
+    outputs = raw.take(16 if weight_format.has_output_scale else 0, "<f4")
     codes, scales, zeros = [], [], np.zeros((16, groups), np.int32)
     for first in range(0, groups, block):
         last = min(first + block, groups)
         header = raw.take(block * (scale_bytes + zero_bytes), "u1")
         split = block * scale_bytes
         if scale_bytes:
-            read = header[:split].view(SCALE_TYPES[weight_format.scale]).reshape(block, 16)
-            if weight_format.scale is ScaleType.BF16:
-                read = (read.astype(np.uint32) << 16).view(np.float32)
-            scales.extend(read[: last - first])
-            assert not read[last - first :].any(), "padding holds something"
+            stored = header[:split].view(SCALE_TYPES[weight_format.scale]).reshape(block, 16)
+            scales.extend(read_scales(stored[: last - first], weight_format.scale))
+            assert not stored[last - first :].any(), "padding holds something"
         if zero_bytes:
             points = header[split:].reshape(block, 16)
             zeros[:, first:last] = points[: last - first].T
             assert not points[last - first :].any(), "padding holds something"
         codes.append(take_codes(raw, weight_format, (last - first) * group_cols))
     stored_scales = np.array(scales, np.float32).reshape(-1, 16).T
-    return Matrix(np.concatenate(codes, axis=1), stored_scales, zeros)
+    return Matrix(np.concatenate(codes, axis=1), stored_scales, zeros, outputs.astype(np.float32))
 
 
 def take_codes(raw: Bytes, weight_format: Format, cols: int) -> NDArray[np.int32]:
@@ -142,6 +162,13 @@ def take_codes(raw: Bytes, weight_format: Format, cols: int) -> NDArray[np.int32
             pairs = raw.take(cols * 8, "u1").reshape(-1, 16, 4).astype(np.int32)
             lanes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
             lanes = lanes if weight_format.has_zero_point else lanes - 8
+        case Element.FP8:
+            lanes = raw.take(cols * 16, "u1").reshape(-1, 16, 4)[..., [0, 2, 1, 3]]
+            lanes = lanes.astype(np.int32)
+        case Element.FP4:
+            halves = raw.take(cols * 4, "<u2").reshape(-1, 16, 2).astype(np.int32)
+            nibbles = [halves >> shift & 15 for shift in (0, 4, 8, 12)]
+            lanes = np.stack(nibbles, axis=-2).reshape(-1, 16, 8)
     return lanes.transpose(1, 0, 2).reshape(16, cols)
 
 
@@ -150,6 +177,7 @@ def stacked(panels: list[Matrix]) -> Matrix:
         np.concatenate([p.codes for p in panels]),
         np.concatenate([p.scales for p in panels]),
         np.concatenate([p.zeros for p in panels]),
+        np.concatenate([p.outputs for p in panels]),
     )
 
 
@@ -184,7 +212,15 @@ def expect_matrix(name: str, got: Matrix, want: QuantizedTensor) -> None:
         assert not got.codes[:, cols:].any(), name
         return
     groups = want.scales.shape[1]
-    np.testing.assert_array_equal(got.codes[:rows, :cols], want.codes.numpy(), err_msg=name)
+    codes = want.codes
+    if codes.dtype is torch.float8_e4m3fn:
+        codes = codes.view(torch.uint8)
+    np.testing.assert_array_equal(got.codes[:rows, :cols], codes.numpy(), err_msg=name)
+    if want.output_scales is not None:
+        np.testing.assert_array_equal(
+            got.outputs[:rows].view(np.uint32), want.output_scales.numpy().view(np.uint32)
+        )
+        assert not got.outputs[rows:].any(), name
     np.testing.assert_array_equal(
         np.ascontiguousarray(got.scales[:rows, :groups]).view(np.uint32),
         want.scales.numpy().view(np.uint32),
@@ -194,8 +230,9 @@ def expect_matrix(name: str, got: Matrix, want: QuantizedTensor) -> None:
         np.testing.assert_array_equal(
             got.zeros[:rows, :groups], want.zero_points.numpy(), err_msg=f"zeros of {name}"
         )
-    assert not got.scales[rows:].any(), name
-    assert not got.scales[:, groups:].any(), name
+    if want.weight_format.scale is not ScaleType.E8M0:  # has no zero
+        assert not got.scales[rows:].any(), name
+        assert not got.scales[:, groups:].any(), name
     spread = np.repeat(got.zeros, got.codes.shape[1] // got.zeros.shape[1], axis=1)
     value = got.codes - spread
     assert not value[rows:].any(), f"{name}: outputs beyond the last are not 0"
@@ -431,6 +468,11 @@ def test_loading_again_replaces_the_expert(device: CpuDevice) -> None:
 #   int4-g32-asym   1 block of 4 * (32 + 16) + 1024          half a block: 192 + 512
 #   int4-g128       half a block: 64 + 1024                  the same
 #   int4-g128-asym  a quarter of a block: 192 + 1024         the same
+#   fp8             1 block: 64 + 2048                       the same
+#   fp8-channel     64 + 2048                                64 + 1024
+#   mxfp8           1 block: 4 * 16 + 2048                   half a block: 64 + 1024
+#   mxfp4           1 block: 4 * 16 + 1024                   half a block: 64 + 512
+#   nvfp4           64, 2 blocks of (4 * 16 + 512)           64, 1 block: 64 + 512
 DRAWN_BYTES = {
     "bf16": 6 * 4096 + 6 * 2048,
     "int8": 6 * 2112 + 6 * 1088,
@@ -439,6 +481,11 @@ DRAWN_BYTES = {
     "int4-g32-asym": 6 * 1216 + 6 * 704,
     "int4-g128": 6 * 1088 + 6 * 1088,
     "int4-g128-asym": 6 * 1216 + 6 * 1216,
+    "fp8": 6 * 2112 + 6 * 2112,
+    "fp8-channel": 6 * 2112 + 6 * 1088,
+    "mxfp8": 6 * 2112 + 6 * 1088,
+    "mxfp4": 6 * 1088 + 6 * 576,
+    "nvfp4": 6 * 1216 + 6 * 640,
 }
 
 
@@ -513,7 +560,7 @@ def test_bias_that_is_not_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g32", "int4-g64-asym"])
+@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g32", "int4-g64-asym", "fp8"])
 def test_scale_that_is_not_finite(device: CpuDevice, name: str, projection: str) -> None:
     kernel = device.expert_kernel(SMALL, FORMATS[name])
     dense = random_weights(SMALL)
@@ -684,3 +731,32 @@ def test_formats_that_only_a_descriptor_describes(
         inner_error += (inner + inner_error).amax(1, keepdim=True) / 254
         allowed += inner_error @ down.abs().T
     assert bool(((got - inner @ down.T).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mxfp4", 3.0), ("mxfp8", -2.0), ("nvfp4", 0.3), ("nvfp4", -1.0)]
+)
+def test_scale_of_another_type(name: str, value: float) -> None:
+    good = quantized(random_weights(SMALL), FORMATS[name])
+    assert isinstance(good.up, QuantizedTensor)
+    assert good.up.scales is not None
+    scales = good.up.scales.clone()
+    scales[0, 0] = value
+    with open_device("scalar") as device:
+        kernel = device.expert_kernel(SMALL, FORMATS[name])
+        bad = replace(good, up=replace(good.up, scales=scales))
+        expect_refusal(
+            kernel, bad, f"scales of up must be numbers of the type {FORMATS[name].scale}"
+        )
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-channel", "mxfp8"])
+def test_fp8_that_is_not_a_number(device: CpuDevice, name: str) -> None:
+    good = quantized(random_weights(SMALL), FORMATS[name])
+    assert isinstance(good.down, QuantizedTensor)
+    kernel = device.expert_kernel(SMALL, FORMATS[name])
+    for bits in (0x7F, 0xFF):
+        codes = good.down.codes.clone()
+        codes.view(torch.uint8)[-1, -1] = bits
+        bad = replace(good, down=replace(good.down, codes=codes))
+        expect_refusal(kernel, bad, "the down projection of expert 1 holds a NaN")

@@ -16,7 +16,7 @@ from kt_core.quant.reference import dequantize, quantize
 from kt_core.types import Element, Format, ScaleType
 
 FORMATS = {f.descriptor.name: f.descriptor for f in BUILT_IN_FORMATS}
-INTEGER = {name: f for name, f in FORMATS.items() if f.element is not Element.BF16}
+INTEGER = {name: f for name, f in FORMATS.items() if f.element.is_integer}
 SMALLEST_BF16 = 2.0**-133
 SMALLEST_FLOAT32 = 2.0**-149
 
@@ -329,3 +329,43 @@ def test_a_format_that_is_not_built_in() -> None:
     assert got.scales.tolist() == [[1.0]]
     assert got.zero_points.tolist() == [[5]]
     assert dequantize(got).tolist() == [[-5.0, 10.0] + [0.0] * 200]
+
+
+# ---------------------------------------------------------------- small floats
+
+
+def test_fp8_by_hand() -> None:
+    """max = 448, so scale 1; 17 and 19 are ties of steps of 2, 2^-10 is half the smallest step."""
+    got = quantize(
+        row(448, -1.0625, 17, 19, 2.0**-9, 2.0**-10, 3 * 2.0**-10, -0.0), FORMATS["fp8-channel"]
+    )
+    assert got.codes.dtype is torch.float8_e4m3fn
+    assert got.scales is not None
+    assert got.scales.tolist() == [[1.0]]
+    want = [448, -1.0, 16, 20, 2.0**-9, 0.0, 2.0**-8, -0.0]
+    assert dequantize(got).tolist() == [want]
+
+
+def test_mxfp4_by_hand() -> None:
+    """max = 7 lies in 4..8: scale 1, and 7 is clamped to 6; ties go to the even code."""
+    got = quantize(row(7, -0.25, 0.75, 1.25, 1.75, 2.5, -3.5, 5), FORMATS["mxfp4"])
+    assert got.codes.tolist() == [[7, 8, 2, 2, 4, 4, 14, 6]]
+    assert got.scales is not None
+    assert got.scales.tolist() == [[1.0]]
+    assert dequantize(got).tolist() == [[6, -0.0, 1, 1, 2, 2, -4, 4]]
+    eighth = quantize(row(0.9), FORMATS["mxfp4"])
+    assert eighth.scales is not None
+    assert eighth.scales.item() == 2.0**-3  # floor(log2(0.9)) - 2
+
+
+def test_nvfp4_by_hand() -> None:
+    """max = 2688 = 6 * 448: the output's scale is 1. Groups of 16: 2688 / 6 = 448, 12.1 / 6 = 2."""
+    weight = torch.zeros(1, 33)
+    weight[0, 0], weight[0, 1], weight[0, 16], weight[0, 17] = 2688, -448, 12.1, 7
+    got = quantize(weight, FORMATS["nvfp4"])
+    assert got.output_scales is not None
+    assert got.output_scales.tolist() == [1.0]
+    assert got.scales is not None
+    assert got.scales.tolist() == [[448.0, 2.0, 0.0]]
+    assert got.codes[0, [0, 1, 16, 17]].tolist() == [7, 10, 7, 6]
+    assert dequantize(got)[0, [0, 1, 16, 17]].tolist() == [2688, -448, 12, 8]

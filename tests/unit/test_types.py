@@ -112,18 +112,23 @@ def test_alpha_must_be_finite(value: float) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"element": Element.BF16, "scale": ScaleType.BF16}, "exactly the integer elements"),
-        ({"element": Element.INT8}, "exactly the integer elements have scales"),
-        ({"element": Element.INT4}, "exactly the integer elements have scales"),
+        (
+            {"element": Element.BF16, "scale": ScaleType.BF16},
+            "every element has scales, except bf16",
+        ),
+        ({"element": Element.INT8}, "every element has scales, except bf16"),
+        ({"element": Element.INT4}, "every element has scales, except bf16"),
         ({"element": Element.BF16, "group_size": 32}, "without scales there are no groups"),
         ({"element": Element.INT4, "scale": ScaleType.BF16, "group_size": 16}, "got 16"),
-        ({"element": Element.INT4, "scale": ScaleType.BF16, "group_size": 0}, "32, 64 or 128"),
+        ({"element": Element.INT4, "scale": ScaleType.BF16, "group_size": 0}, "32, 64, 128"),
         ({"element": Element.INT8, "scale": ScaleType.BF16, "group_size": 256}, "got 256"),
         (
             {"element": Element.INT8, "scale": ScaleType.FLOAT32, "has_zero_point": True},
             "only int4 has zero points",
         ),
         ({"element": Element.BF16, "has_zero_point": True}, "only int4 has zero points"),
+        ({"element": Element.INT8, "scale": ScaleType.E8M0}, "integers have float32 or bf16"),
+        ({"element": Element.FP4, "scale": ScaleType.E4M3, "group_size": 8}, "16, 32, 64, 128"),
     ],
 )
 def test_formats_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
@@ -151,6 +156,7 @@ BITS: list[tuple[str, int, float]] = [
     ("bf16", 1, 16.0),
     ("int8", 4096, 8 + 32 / 4096),  # one float32 per output
     ("int8", 1, 40.0),
+    ("int8-g16", 4096, 9.0),  # 16 / 16
     ("int8-g32", 4096, 8.5),  # 16 / 32
     ("int8-g64", 4096, 8.25),
     ("int8-g128", 4096, 8.125),
@@ -161,6 +167,11 @@ BITS: list[tuple[str, int, float]] = [
     ("int4-g64-asym", 4096, 4.375),
     ("int4-g128-asym", 4096, 4.1875),
     ("int4-g32", 40, 4.8),  # two groups for 40 inputs: 4 + 32 / 40
+    ("fp8", 4096, 8.25),  # 32 / 128
+    ("fp8-channel", 4096, 8 + 32 / 4096),
+    ("mxfp8", 4096, 8.25),  # 8 / 32
+    ("mxfp4", 4096, 4.25),
+    ("nvfp4", 4096, 4.5 + 32 / 4096),  # 8 / 16, and one float32 per output
     ("int4-g128-asym", 16, 5.5),  # one group for 16: 4 + 24 / 16
 ]
 
@@ -180,9 +191,19 @@ def test_names_of_built_in_formats_say_what_they_are() -> None:
         "int8": lambda f: f.element is Element.INT8,
         "int4": lambda f: f.element is Element.INT4,
         "asym": lambda f: f.has_zero_point,
+        "fp8": lambda f: f.element is Element.FP8 and f.group_size == 128,
+        "channel": lambda f: f.element is Element.FP8 and f.group_size is None,
+        "mxfp8": lambda f: f.element is Element.FP8 and f.scale is ScaleType.E8M0,
+        "mxfp4": lambda f: f.element is Element.FP4 and f.scale is ScaleType.E8M0,
+        "nvfp4": lambda f: f.element is Element.FP4 and f.scale is ScaleType.E4M3,
+        "g16": lambda f: f.group_size == 16,
         "g32": lambda f: f.group_size == 32,
         "g64": lambda f: f.group_size == 64,
         "g128": lambda f: f.group_size == 128,
     }
     for name, form in FORMATS.items():
-        assert {word for word, is_true in checks.items() if is_true(form)} == set(name.split("-"))
+        if form.element.is_integer or form.element is Element.BF16:
+            words = {word for word, is_true in checks.items() if is_true(form)}
+            assert words == set(name.split("-"))
+        else:
+            assert all(checks[word](form) for word in name.split("-")[-1:])
