@@ -188,6 +188,12 @@ def outside(session: nox.Session) -> None:
 
 
 @needs_env
+def bench(session: nox.Session) -> None:
+    """Measure the kernels: ``nox -s bench -- --format all --threads 1,2``."""
+    session.run(program(session, "kt"), "bench", "experts", *session.posargs)
+
+
+@needs_env
 def memory(session: nox.Session) -> None:
     """Measure what loading takes: see bench/load_memory.py."""
     session.run(program(session, "python"), "bench/load_memory.py", *session.posargs)

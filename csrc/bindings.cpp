@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "hardware/limits.hpp"
 #include "isa/dispatch.hpp"
 #include "moe/expert_layer.hpp"
 #include "moe/forward_job.hpp"
@@ -241,6 +242,17 @@ PYBIND11_MODULE(_kernels, m) {
                                              Pointer<float>(out), n);
       },
       "One activation over n float32, for tests.");
+
+  m.def(
+      "measure_limits",
+      [](const std::string& isa, size_t threads, size_t buffer_bytes) {
+        const py::gil_scoped_release release;
+        const kt::Limits found =
+            kt::MeasureLimits(*kt::SelectIsa(isa).kernels, threads, buffer_bytes);
+        return std::make_tuple(found.read_bytes_per_s, found.int8_ops_per_s, found.bf16_ops_per_s);
+      },
+      py::arg("isa"), py::arg("threads"), py::arg("buffer_bytes"),
+      "Bytes read per second, int8 operations per second, bf16 operations per second.");
 
   py::class_<Device>(m, "Device")
       .def(py::init([](const std::string& isa, size_t threads) {

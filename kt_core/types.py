@@ -264,3 +264,18 @@ class Capabilities:
     def computes(self, weight_format: Format) -> bool:
         """Whether experts of this format can be computed."""
         return weight_format.element in self.elements or weight_format.name in self.formats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What no kernel can exceed on a device, as measured there: see ``ExpertDevice``.
+
+    Attributes:
+        read_bytes_per_s: Sequential reads of memory, all threads together.
+        int8_ops_per_s: Products of int8 on registers; a multiply-add is two operations.
+        bf16_ops_per_s: Products of bf16; float32 multiply-adds where there is no instruction.
+    """
+
+    read_bytes_per_s: float
+    int8_ops_per_s: float
+    bf16_ops_per_s: float

@@ -6,6 +6,8 @@ class DType:
     float16: DType
 
 class Precision:
+    @property
+    def name(self) -> str: ...
     float32: Precision
     bf16: Precision
     int8: Precision
@@ -117,6 +119,7 @@ class ExpertLayer:
         grad_weights: int,
     ) -> Ticket: ...
 
+def measure_limits(isa: str, threads: int, buffer_bytes: int) -> tuple[float, float, float]: ...
 def isas() -> list[tuple[str, bool]]: ...
 def select_isa(name: str) -> str: ...
 def activate(

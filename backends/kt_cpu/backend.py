@@ -15,6 +15,7 @@ from kt_core.types import (
     DeviceInfo,
     Element,
     Format,
+    Limits,
     MoeSpec,
 )
 from kt_cpu import _kernels
@@ -26,6 +27,10 @@ FORCE_ISA_VARIABLE = "KT_FORCE_ISA"
 
 # What csrc/format/ knows, in every grouping and scale type.
 _ELEMENTS = frozenset(Element)
+
+# Reading is measured on a buffer that no cache holds a good part of.
+_SMALLEST_BUFFER_BYTES = 512 << 20
+_UNKNOWN_CACHE_BYTES = 64 << 20
 
 
 def selected_isa() -> str:
@@ -136,6 +141,17 @@ class CpuDevice(ExpertDevice):
         from kt_cpu.kernel import CpuExpertKernel
 
         return CpuExpertKernel(self._device, spec, weight_format, precision)
+
+    def measure_limits(self) -> Limits:
+        """See ``ExpertDevice.measure_limits``. The threads are others, of the same number."""
+        cache_bytes = hardware.last_level_cache_bytes() or _UNKNOWN_CACHE_BYTES
+        wanted = max(8 * cache_bytes, _SMALLEST_BUFFER_BYTES)
+        read, int8, bf16 = _kernels.measure_limits(
+            self.capabilities.instruction_set or "",
+            self.threads,
+            min(wanted, hardware.available_memory_bytes() // 4),
+        )
+        return Limits(read_bytes_per_s=read, int8_ops_per_s=int8, bf16_ops_per_s=bf16)
 
     def close(self) -> None:
         """Let the threads go; they end when the last kernel of this device does."""

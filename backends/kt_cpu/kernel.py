@@ -189,6 +189,10 @@ class CpuExpertKernel(ExpertKernel):
         """See ``ExpertKernel.bytes_per_expert``."""
         return self._layer_spec.bytes_per_expert
 
+    def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision:
+        """See ``ExpertKernel.precision_for``."""
+        return ActivationPrecision(self._compute_precision(hidden_type).name)
+
     def load(self, expert: int, weights: ExpertWeights) -> None:
         """See ``ExpertKernel.load``. Releases the GIL while it packs."""
         self._check_expert(expert)

@@ -37,8 +37,10 @@
 
 #include "moe/pack-inl.hpp"
 
+#include "tile/peak.hpp"
+
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare,    GateUp,         Down, Pack,
-                          Transposed, ActivationGrad, Gemm, ActivateArray};
+const Kernels kKernels = {Prepare,        GateUp, Down,          Pack, Transposed,
+                          ActivationGrad, Gemm,   ActivateArray, Peak, Read};
 }  // namespace kt::KT_ISA

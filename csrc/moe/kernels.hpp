@@ -207,6 +207,11 @@ struct Kernels {
   float (*activation_grad)(const ActivationGradArgs&);  // returns sum of grad * activation
   void (*gemm)(const GemmArgs&);
   void (*activate)(const Activation&, const float* gate, const float* up, float* out, size_t n);
+  // Products of this precision on registers alone, many times; returns how many operations that
+  // were, a multiply-add being two. And `bytes` read as that many (1, 2, 4) streams at once;
+  // returns how many bytes were. For hardware/limits.hpp.
+  size_t (*peak)(Precision precision, size_t repetitions);
+  size_t (*read)(const uint8_t* from, size_t bytes, size_t streams);
 };
 
 }  // namespace kt

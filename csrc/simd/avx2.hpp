@@ -225,5 +225,8 @@ inline I32 Dot(I32 acc, I32 w, const void* a) {
   return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
 
+inline void Hide(I32& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
+inline void Hide(F32& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
+
 }  // namespace
 }  // namespace kt::KT_ISA

@@ -195,5 +195,9 @@ inline I32 Dot(I32 acc, I32 w, const void* a) {
   return kIsSigned ? DotI8(acc, w, a) : DotU8(acc, w, a);
 }
 
+// The compiler no longer knows the value: for tile/peak.hpp, whose loops it would else see through.
+inline void Hide(I32& a) { asm volatile("" : "+m"(a)); }
+inline void Hide(F32& a) { asm volatile("" : "+m"(a)); }
+
 }  // namespace
 }  // namespace kt::KT_ISA

@@ -4,6 +4,7 @@ Nothing is read at import and nothing is remembered: each call looks again.
 """
 
 from kt_core.hardware.accelerators import Accelerator, detect_accelerators
+from kt_core.hardware.cache import last_level_cache_bytes
 from kt_core.hardware.cpu import Cpu, NumaNode, amx_permitted, request_amx_permission
 from kt_core.hardware.machine import Hardware, detect
 from kt_core.hardware.memory import (
@@ -26,6 +27,7 @@ __all__ = [
     "available_memory_bytes",
     "detect",
     "detect_accelerators",
+    "last_level_cache_bytes",
     "process_memory",
     "request_amx_permission",
 ]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from kt_core.interfaces.expert_kernel import ExpertKernel
-from kt_core.types import ActivationPrecision, Capabilities, DeviceInfo, Format, MoeSpec
+from kt_core.types import ActivationPrecision, Capabilities, DeviceInfo, Format, Limits, MoeSpec
 
 
 class Backend(ABC):
@@ -88,6 +88,13 @@ class ExpertDevice(ABC):
             kt_core.errors.UnsupportedFormatError: The device cannot compute this format, or not
                 with this precision.
         """
+
+    def measure_limits(self) -> Limits | None:
+        """Measure what no kernel of this device can exceed, with its threads: about a second.
+
+        For ``kt bench``, while nothing else is computed. By default None: nobody knows.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:

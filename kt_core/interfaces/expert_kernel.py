@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kt_core.errors import UnsupportedTrainingError
 from kt_core.interfaces.weight_format import QuantizedTensor
-from kt_core.types import Format, MoeSpec
+from kt_core.types import ActivationPrecision, Format, MoeSpec
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,14 @@ class ExpertKernel(ABC):
     @abstractmethod
     def bytes_per_expert(self) -> int:
         """Bytes of device memory one packed expert takes."""
+
+    def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision | None:
+        """Return what hidden states of this type are turned into: what ``AUTO`` stands for.
+
+        For those who measure kernels. By default None: nobody knows.
+        """
+        del hidden_type
+        return None
 
     @abstractmethod
     def load(self, expert: int, weights: ExpertWeights) -> None:

@@ -1,0 +1,1 @@
+"""Measuring kernels: what ``kt bench`` prints, and what scripts in ``bench/`` compare."""
