@@ -84,7 +84,7 @@ CELLS = [
     pytest.param(f, p, id=f"{name}-{p.value}")
     for name, f in FORMATS.items()
     for p in ActivationPrecision
-    if p != "auto" and not (p == "int8" and f.descriptor.element is Element.BF16)
+    if p != "auto" and (p != "int8" or f.descriptor.element.is_integer)
 ]
 
 
