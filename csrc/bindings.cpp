@@ -31,7 +31,7 @@ struct Device {
 
 struct Ticket {
   std::shared_ptr<kt::ExpertLayer> layer;  // outlives the job
-  std::shared_ptr<kt::ForwardJob> job;
+  std::shared_ptr<kt::Job> job;
 
   void Wait() {
     const py::gil_scoped_release release;
@@ -55,6 +55,27 @@ kt::SourceMatrix MatrixFrom(const py::object& source) {
   m.zero_points = Pointer<const uint8_t>(fields[5].cast<uintptr_t>());
   m.output_scales = Pointer<const float>(fields[6].cast<uintptr_t>());
   return m;
+}
+
+// (a, b, type, rank, grad_a, grad_b), addresses; or None.
+kt::LoraMatrices LoraFrom(const py::object& source) {
+  kt::LoraMatrices m{};
+  if (source.is_none()) return m;
+  const auto fields = source.cast<py::tuple>();
+  m.a = Pointer<const void>(fields[0].cast<uintptr_t>());
+  m.b = Pointer<const void>(fields[1].cast<uintptr_t>());
+  m.type = fields[2].cast<DType>();
+  m.rank = fields[3].cast<size_t>();
+  m.grad_a = Pointer<float>(fields[4].cast<uintptr_t>());
+  m.grad_b = Pointer<float>(fields[5].cast<uintptr_t>());
+  return m;
+}
+
+// (scale, gate, up, down), or None.
+kt::LoraArgs LoraArgsFrom(const py::object& source) {
+  if (source.is_none()) return {};
+  const auto fields = source.cast<py::tuple>();
+  return {fields[0].cast<float>(), LoraFrom(fields[1]), LoraFrom(fields[2]), LoraFrom(fields[3])};
 }
 
 void BindEnums(py::module_& m) {
@@ -159,7 +180,41 @@ void BindLayer(py::module_& m) {
           },
           py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
           py::arg("expert_ids"), py::arg("weights"), py::arg("out"), py::arg("tokens"),
-          py::arg("top_k"));
+          py::arg("top_k"))
+      .def(
+          "submit_lora",
+          [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
+             kt::Precision precision, uintptr_t ids, uintptr_t weights, uintptr_t out,
+             size_t tokens, size_t top_k, const py::object& lora) {
+            auto ticket = std::make_shared<Ticket>();
+            ticket->layer = layer;
+            ticket->job = layer->SubmitLora(
+                {Pointer<const void>(hidden), type, precision, Pointer<const int64_t>(ids),
+                 Pointer<const float>(weights), tokens, top_k, LoraArgsFrom(lora),
+                 Pointer<void>(out), nullptr, nullptr, nullptr});
+            return ticket;
+          },
+          py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
+          py::arg("expert_ids"), py::arg("weights"), py::arg("out"), py::arg("tokens"),
+          py::arg("top_k"), py::arg("lora"))
+      .def(
+          "submit_backward",
+          [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
+             kt::Precision precision, uintptr_t ids, uintptr_t weights, size_t tokens, size_t top_k,
+             const py::object& lora, uintptr_t grad_out, uintptr_t grad_hidden,
+             uintptr_t grad_weights) {
+            auto ticket = std::make_shared<Ticket>();
+            ticket->layer = layer;
+            ticket->job = layer->SubmitBackward(
+                {Pointer<const void>(hidden), type, precision, Pointer<const int64_t>(ids),
+                 Pointer<const float>(weights), tokens, top_k, LoraArgsFrom(lora), nullptr,
+                 Pointer<const void>(grad_out), Pointer<void>(grad_hidden),
+                 Pointer<float>(grad_weights)});
+            return ticket;
+          },
+          py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
+          py::arg("expert_ids"), py::arg("weights"), py::arg("tokens"), py::arg("top_k"),
+          py::arg("lora"), py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"));
 }
 
 }  // namespace

@@ -27,6 +27,10 @@ class UnsupportedFormatError(KtError):
     """The format is unknown, or the checkpoint or the backend cannot give it."""
 
 
+class UnsupportedTrainingError(KtError):
+    """A gradient is asked for that the backend does not compute."""
+
+
 class CheckpointError(KtError):
     """The checkpoint is missing, incomplete, damaged or inconsistent with its config."""
 

@@ -252,12 +252,14 @@ class Capabilities:
         formats: Names of single formats it computes besides.
         instruction_set: Kernel variant in use, such as ``avx512_bf16``; None where there is one.
         instruction_sets: Every variant this machine can run, best first.
+        trains: Whether its kernels compute gradients: see ``ExpertKernel.backward``.
     """
 
     elements: frozenset[Element] = frozenset()
     formats: frozenset[str] = frozenset()
     instruction_set: str | None = None
     instruction_sets: tuple[str, ...] = ()
+    trains: bool = False
 
     def computes(self, weight_format: Format) -> bool:
         """Whether experts of this format can be computed."""

@@ -1,3 +1,5 @@
+from typing import TypeAlias
+
 class DType:
     float32: DType
     bfloat16: DType
@@ -47,6 +49,11 @@ class LayerSpec:
     @property
     def bytes_per_expert(self) -> int: ...
 
+# Addresses of A and B, their type, the rank, addresses of their gradients (0: none).
+LoraMatrices: TypeAlias = tuple[int, int, DType, int, int, int]
+# The scale, then gate, up and down.
+Lora: TypeAlias = tuple[float, LoraMatrices | None, LoraMatrices | None, LoraMatrices | None]
+
 class Device:
     def __init__(self, isa: str, threads: int) -> None: ...
     @property
@@ -82,6 +89,34 @@ class ExpertLayer:
         out: int,
         tokens: int,
         top_k: int,
+    ) -> Ticket: ...
+    def submit_lora(
+        self,
+        *,
+        hidden: int,
+        type: DType,
+        precision: Precision,
+        expert_ids: int,
+        weights: int,
+        out: int,
+        tokens: int,
+        top_k: int,
+        lora: Lora,
+    ) -> Ticket: ...
+    def submit_backward(
+        self,
+        *,
+        hidden: int,
+        type: DType,
+        precision: Precision,
+        expert_ids: int,
+        weights: int,
+        tokens: int,
+        top_k: int,
+        lora: Lora | None,
+        grad_out: int,
+        grad_hidden: int,
+        grad_weights: int,
     ) -> Ticket: ...
 
 def measure_limits(isa: str, threads: int, buffer_bytes: int) -> tuple[float, float, float]: ...

@@ -79,6 +79,7 @@ class CpuBackend(Backend):
             elements=_ELEMENTS,
             instruction_set=selected_isa(),
             instruction_sets=tuple(name for name, is_here in _kernels.isas() if is_here),
+            trains=True,
         )
 
     def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:

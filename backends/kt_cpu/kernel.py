@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 
 from kt_core.interfaces import (
+    ExpertGradients,
     ExpertKernel,
     ExpertWeights,
+    LoraWeights,
     QuantizedTensor,
     Ticket,
     stored_parts,
 )
+from kt_core.interfaces.checks import check_grad_out, check_lora
 from kt_core.types import (
     ELEMENT_BITS,
     ActivationPrecision,
@@ -29,6 +32,7 @@ _DTYPES = {
     torch.float16: _kernels.DType.float16,
 }
 
+_PROJECTIONS = ("gate", "up", "down")
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # Address, type, strides of rows and columns in elements, addresses of scales, zero
@@ -55,6 +59,84 @@ def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
         has_zero_point=weight_format.has_zero_point,
         group=weight_format.group_size or 0,
     )
+
+
+class _Pairs(NamedTuple):
+    """Contiguous tensors of the types csrc/ reads."""
+
+    hidden: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.hidden, self.expert_ids, self.weights)
+
+    def addresses(self) -> _Addresses:
+        tokens, top_k = self.expert_ids.shape
+        return {
+            "hidden": self.hidden.data_ptr(),
+            "type": _DTYPES[self.hidden.dtype],
+            "expert_ids": self.expert_ids.data_ptr(),
+            "weights": self.weights.data_ptr(),
+            "tokens": tokens,
+            "top_k": top_k,
+        }
+
+
+class _Addresses(TypedDict):
+    hidden: int
+    type: _kernels.DType
+    expert_ids: int
+    weights: int
+    tokens: int
+    top_k: int
+
+
+class _Lora:
+    """LoRA matrices as csrc/ reads them, and room for their gradients."""
+
+    def __init__(self, spec: MoeSpec, lora: LoraWeights, *, with_gradients: bool = False) -> None:
+        check_lora(spec, lora)
+        self._lora = lora
+        self.tensors: dict[str, torch.Tensor] = {}
+        for projection in _PROJECTIONS:
+            a, b = getattr(lora, f"{projection}_a"), getattr(lora, f"{projection}_b")
+            if a is None:
+                continue
+            dtype = torch.promote_types(a.dtype, b.dtype)
+            for side, matrix in (("a", a), ("b", b)):
+                _check_on_cpu(f"{projection}_{side}", matrix)
+                self.tensors[f"{projection}_{side}"] = matrix.detach().to(dtype).contiguous()
+        self._grads: dict[str, torch.Tensor] = {}
+        if with_gradients:
+            self._grads = {
+                name: torch.zeros(tensor.shape, dtype=torch.float32)
+                for name, tensor in self.tensors.items()
+            }
+
+    def addresses(self) -> _kernels.Lora:
+        gate, up, down = (self._addresses_of(projection) for projection in _PROJECTIONS)
+        return self._lora.scale, gate, up, down
+
+    def gradients(self) -> LoraWeights:
+        found: dict[str, Any] = {
+            name: grad.to(getattr(self._lora, name).dtype) for name, grad in self._grads.items()
+        }
+        return LoraWeights(scale=self._lora.scale, **found)
+
+    def _addresses_of(self, projection: str) -> _kernels.LoraMatrices | None:
+        a, b = (f"{projection}_{side}" for side in "ab")
+        if a not in self.tensors:
+            return None
+        return (
+            self.tensors[a].data_ptr(),
+            self.tensors[b].data_ptr(),
+            _DTYPES[self.tensors[a].dtype],
+            self.tensors[a].shape[1],
+            _address(self._grads.get(a)),
+            _address(self._grads.get(b)),
+        )
 
 
 class CpuTicket(Ticket):
@@ -85,6 +167,8 @@ class CpuTicket(Ticket):
 
 class CpuExpertKernel(ExpertKernel):
     """See ``ExpertKernel``; the precision ``auto`` follows the type of the hidden states."""
+
+    trains = True
 
     def __init__(
         self,
@@ -155,6 +239,83 @@ class CpuExpertKernel(ExpertKernel):
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> Ticket:
         """See ``ExpertKernel.submit``. float16 hidden states are computed as float32."""
+        if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+            msg = (
+                "submit computes no gradient: use torch.no_grad(), or submit_training and backward"
+            )
+            raise RuntimeError(msg)
+        pairs = self._pairs(hidden, expert_ids, weights)
+        out = torch.empty_like(pairs.hidden)
+        ticket = self._layer.submit(
+            **pairs.addresses(),
+            precision=self._compute_precision(pairs.hidden.dtype),
+            out=out.data_ptr(),
+        )
+        return CpuTicket(ticket, out, hidden.dtype, pairs.tensors)
+
+    def submit_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> Ticket:
+        """See ``ExpertKernel.submit_training``. The precision ``auto`` is that of the activations.
+
+        That is, float32 for float32 and float16 hidden states, bf16 for bfloat16.
+        """
+        pairs = self._pairs(hidden, expert_ids, weights)
+        out = torch.empty_like(pairs.hidden)
+        precision = self._training_precision(pairs.hidden.dtype)
+        if lora is None:
+            ticket = self._layer.submit(
+                **pairs.addresses(), precision=precision, out=out.data_ptr()
+            )
+            return CpuTicket(ticket, out, hidden.dtype, pairs.tensors)
+        matrices = _Lora(self.spec, lora)
+        ticket = self._layer.submit_lora(
+            **pairs.addresses(), precision=precision, out=out.data_ptr(), lora=matrices.addresses()
+        )
+        return CpuTicket(ticket, out, hidden.dtype, (*pairs.tensors, *matrices.tensors.values()))
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        grad_out: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> ExpertGradients:
+        """See ``ExpertKernel.backward``.
+
+        Gradients that meet weights are rounded to bf16, and so are dequantised weights, unless the
+        precision is float32; sums are in float32. Quantised activations (the precision int8) are
+        differentiated as if they were not rounded.
+        """
+        pairs = self._pairs(hidden, expert_ids, weights)
+        check_grad_out(hidden, grad_out)
+        matrices = None if lora is None else _Lora(self.spec, lora, with_gradients=True)
+        grad = grad_out.detach().to(pairs.hidden.dtype).contiguous()
+        grad_hidden = torch.empty_like(pairs.hidden)
+        grad_weights = torch.empty_like(pairs.weights)
+        self._layer.submit_backward(
+            **pairs.addresses(),
+            precision=self._training_precision(pairs.hidden.dtype),
+            lora=None if matrices is None else matrices.addresses(),
+            grad_out=grad.data_ptr(),
+            grad_hidden=grad_hidden.data_ptr(),
+            grad_weights=grad_weights.data_ptr(),
+        ).wait()
+        return ExpertGradients(
+            hidden=grad_hidden.to(hidden.dtype),
+            weights=grad_weights.to(weights.dtype),
+            lora=None if matrices is None else matrices.gradients(),
+        )
+
+    def _pairs(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> _Pairs:
+        """Check the arguments and bring them into the form that csrc/ reads."""
         if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
             msg = f"hidden must be [tokens, {self.spec.hidden_size}], got {tuple(hidden.shape)}"
             raise ValueError(msg)
@@ -177,25 +338,19 @@ class CpuExpertKernel(ExpertKernel):
             kind = f"{weights.dtype} on {weights.device}"
             msg = f"weights must be floating point on the cpu, got {kind}"
             raise ValueError(msg)
-        if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
-            msg = "packed experts have no gradient yet: use torch.no_grad() or inference_mode()"
-            raise RuntimeError(msg)
         wanted = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
-        x = hidden.detach().to(wanted).contiguous()
-        ids = expert_ids.to(torch.int64).contiguous()
-        scales = weights.detach().to(torch.float32).contiguous()
-        out = torch.empty_like(x)
-        ticket = self._layer.submit(
-            hidden=x.data_ptr(),
-            type=_DTYPES[wanted],
-            precision=self._compute_precision(wanted),
-            expert_ids=ids.data_ptr(),
-            weights=scales.data_ptr(),
-            out=out.data_ptr(),
-            tokens=tokens,
-            top_k=ids.shape[1],
+        return _Pairs(
+            hidden.detach().to(wanted).contiguous(),
+            expert_ids.to(torch.int64).contiguous(),
+            weights.detach().to(torch.float32).contiguous(),
         )
-        return CpuTicket(ticket, out, hidden.dtype, (x, ids, scales))
+
+    def _training_precision(self, dtype: torch.dtype) -> _kernels.Precision:
+        """What a gradient is taken of: where it is our choice, activations are not quantised."""
+        if self._precision is not ActivationPrecision.AUTO:
+            return self._compute_precision(dtype)
+        wide = dtype is torch.float32
+        return _kernels.Precision.float32 if wide else _kernels.Precision.bf16
 
     def _compute_precision(self, dtype: torch.dtype) -> _kernels.Precision:
         if self._precision is ActivationPrecision.AUTO:

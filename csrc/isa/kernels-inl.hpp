@@ -20,6 +20,7 @@
 #include "format/formats.hpp"
 
 #include "tile/stream.hpp"
+#include "tile/transpose.hpp"
 #include "tile/wide.hpp"
 #ifdef KT_HAS_TILES
 #include "tile/amx.hpp"
@@ -33,11 +34,16 @@
 
 #include "moe/forward-inl.hpp"
 
+#include "moe/backward-inl.hpp"
+
+#include "moe/lora-inl.hpp"
+
 #include "moe/pack-inl.hpp"
 
 #include "tile/peak.hpp"
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp, Down, Pack, ActivateArray, kStagedRows, Peak, Read};
+const Kernels kKernels = {Prepare, GateUp,        Down,        Pack, Transposed, ActivationGrad,
+                          Gemm,    ActivateArray, kStagedRows, Peak, Read};
 }  // namespace kt::KT_ISA

@@ -9,7 +9,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "moe/backward_job.hpp"
 #include "moe/forward_job.hpp"
+#include "moe/lora_forward_job.hpp"
 
 namespace kt {
 
@@ -105,23 +107,40 @@ std::span<const uint8_t> ExpertLayer::Bytes(size_t expert) const {
   return {memory_.At(expert), layout_.bytes};
 }
 
-std::shared_ptr<ForwardJob> ExpertLayer::Submit(const ForwardArgs& args) {
-  const size_t pairs = args.tokens * args.top_k;
-  for (size_t i = 0; i < pairs; ++i) {
-    const int64_t id = args.expert_ids[i];
+void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const {
+  for (size_t i = 0; i < tokens * top_k; ++i) {
+    const int64_t id = expert_ids[i];
     if (id == -1) continue;
     if (id < -1 || id >= static_cast<int64_t>(spec_.num_experts))
       throw std::invalid_argument("expert id " + std::to_string(id) + " of token " +
-                                  std::to_string(i / args.top_k) + " is outside -1.." +
+                                  std::to_string(i / top_k) + " is outside -1.." +
                                   std::to_string(spec_.num_experts - 1));
     if (!IsResident(static_cast<size_t>(id)))
       throw std::invalid_argument("expert " + std::to_string(id) + " is not resident");
   }
+}
+
+std::shared_ptr<ForwardJob> ExpertLayer::Submit(const ForwardArgs& args) {
+  CheckIds(args.expert_ids, args.tokens, args.top_k);
   auto job = std::make_shared<ForwardJob>(*this, args);
   pool_->Submit(job);
   return job;
 }
 
-void ExpertLayer::Wait(ForwardJob& job) { pool_->Wait(job); }
+std::shared_ptr<Job> ExpertLayer::SubmitLora(const TrainingArgs& args) {
+  CheckIds(args.expert_ids, args.tokens, args.top_k);
+  auto job = std::make_shared<LoraForwardJob>(*this, args);
+  pool_->Submit(job);
+  return job;
+}
+
+std::shared_ptr<Job> ExpertLayer::SubmitBackward(const TrainingArgs& args) {
+  CheckIds(args.expert_ids, args.tokens, args.top_k);
+  auto job = std::make_shared<BackwardJob>(*this, args);
+  pool_->Submit(job);
+  return job;
+}
+
+void ExpertLayer::Wait(Job& job) { pool_->Wait(job); }
 
 }  // namespace kt

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "moe/kernels.hpp"
+#include "moe/lora.hpp"
+#include "moe/pair_groups.hpp"
 #include "runtime/thread_pool.hpp"
 
 namespace kt {
@@ -30,6 +32,15 @@ struct ExpertSource {
   const float *gate_bias, *up_bias, *down_bias;
 };
 
+// Buffers of a training pass: see TrainingJob. Empty as long as nobody trains.
+struct TrainingBuffers {
+  PairGroups pairs;
+  std::vector<uint8_t> hidden, inter_rows, grad_out, grad_inter_rows;
+  std::vector<float> gate, up, inter, grad_inter, out;
+  // Of the LoRA of gate, up and down: A applied to the inputs, and the gradient of that.
+  std::vector<float> inner[3], grad_inner[3];
+};
+
 // Buffers of one call, kept from call to call so that a decode step allocates nothing.
 struct Scratch {
   // The pairs of one expert: `count` of them from the first on, and rows of the intermediate
@@ -45,6 +56,7 @@ struct Scratch {
   std::vector<float> weights;        // of each pair
   std::vector<uint8_t> hidden, inter_rows;
   std::vector<float> inter, out;
+  TrainingBuffers training;
 };
 
 class ScratchPool {
@@ -84,6 +96,21 @@ struct ForwardArgs {
   size_t tokens, top_k;
 };
 
+// ForwardArgs with low-rank additions, and its backward pass for the gradient `grad_out` of `out`.
+struct TrainingArgs {
+  const void* hidden;  // [tokens, hidden] float32 or bfloat16, contiguous
+  DType type;          // of hidden, grad_out and grad_hidden
+  Precision precision;
+  const int64_t* expert_ids;  // [tokens, top_k]
+  const float* weights;       // [tokens, top_k]
+  size_t tokens, top_k;
+  LoraArgs lora;
+  void* out;             // [tokens, hidden], overwritten; forward only, and from here on backward
+  const void* grad_out;  // [tokens, hidden]
+  void* grad_hidden;     // [tokens, hidden], overwritten
+  float* grad_weights;   // [tokens, top_k], overwritten; 0 for id -1
+};
+
 class ForwardJob;
 
 class ExpertLayer {
@@ -105,10 +132,15 @@ class ExpertLayer {
 
   // Throws std::invalid_argument: an id is out of range, or an expert is not resident.
   std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args);
-  void Wait(ForwardJob& job);
+  std::shared_ptr<Job> SubmitLora(const TrainingArgs& args);
+  std::shared_ptr<Job> SubmitBackward(const TrainingArgs& args);
+  void Wait(Job& job);
 
  private:
   friend class ForwardJob;
+  friend class TrainingJob;
+  void CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const;
+
   LayerSpec spec_;
   const Kernels& kernels_;
   ExpertLayout layout_;

@@ -34,13 +34,19 @@ inline void GateUpPanels(const GateUpArgs& args) {
           x = Add(x, LoadBias(args.expert, e.has_gate ? e.GateBias() : e.UpBias(), p));
         if (e.has_gate) {
           if (e.has_bias) y = Add(y, LoadBias(args.expert, e.UpBias(), p));
-          Activate(args.activation, x, y).Store(target);
+          if (args.gate == nullptr) {
+            Activate(args.activation, x, y).Store(target);
+          } else {
+            x.Store(args.gate + (target - args.inter));
+            y.Store(target);
+          }
           continue;
         }
-        Activate(args.activation, x, x).Store(target);
+        const bool is_raw = args.gate != nullptr;
+        (is_raw ? x : Activate(args.activation, x, x)).Store(target);
         if (!is_pair) continue;
         if (e.has_bias) y = Add(y, LoadBias(args.expert, e.UpBias(), p + 1));
-        Activate(args.activation, y, y).Store(target + kPanel);
+        (is_raw ? y : Activate(args.activation, y, y)).Store(target + kPanel);
       }
     });
   }

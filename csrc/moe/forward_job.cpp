@@ -149,7 +149,7 @@ void ForwardJob::GateUp(size_t first, size_t last) noexcept {
     layer_.kernels_.gate_up(
         {layer_.memory_.At(active.expert), &e, hidden_rows_, scratch_->tokens.data() + active.first,
          active.count, layer_.spec_.activation,
-         scratch_->inter.data() + active.first * inter_stride_, inter_stride_,
+         scratch_->inter.data() + active.first * inter_stride_, nullptr, inter_stride_,
          unit * panels_per_unit, std::min(end * panels_per_unit, e.up.panels), unpacked});
     first += end - unit;
   }

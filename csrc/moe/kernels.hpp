@@ -87,6 +87,9 @@ struct GateUpArgs {
   size_t count;
   Activation activation;
   float* inter;  // [count, inter_stride]
+  // Null: `inter` gets the activation. Else it gets the outputs of up as they are, and this, of the
+  // same shape, those of gate.
+  float* gate;
   size_t inter_stride;
   size_t first_panel, last_panel;
   uint8_t* scratch;  // UnpackScratchBytes(..., Kernels::staged_rows), aligned to 64
@@ -121,6 +124,60 @@ KT_INLINE size_t UnpackScratchBytes(Precision precision, const MatrixLayout& wei
          staged_rows * MakeActivationRows(precision, weights, kHiddenGroup).row_bytes;
 }
 
+// The matrix that a transposed product multiplies with: inputs and outputs have changed places, and
+// `matrices` of the same shape stand side by side, so that one sum runs over the outputs of all.
+KT_INLINE MatrixLayout TransposedLayout(const MatrixLayout& m, size_t matrices) {
+  MatrixLayout t = MakeLayout(Element::kBf16, ScaleType::kNone, false, 0, m.cols, m.rows);
+  t.group_cols *= matrices;
+  return t;
+}
+
+// out[to[i], c] (+)= sum over matrices and outputs n of weight[n, c] * rows[from[i], n], for the
+// inputs c of panels first_panel..last_panel-1. Weights are dequantised, and rounded to bfloat16
+// unless the rows are float32.
+struct TransposedArgs {
+  const uint8_t* matrices[2];  // first panels; the second null where there is one matrix
+  size_t panel_stride;
+  const MatrixLayout* layout;  // of both
+  ActivationRows rows;         // float32 or bfloat16, `padded_cols` values for each matrix
+  const int32_t* from;         // [count] rows of `rows`; null: row i
+  const int32_t* to;           // [count] rows of `out`; null: row i
+  size_t count;
+  float* out;  // column c of row r: out + c / 16 * out_panel_stride + r * out_row_stride + c % 16
+  size_t out_panel_stride, out_row_stride;
+  bool adds;  // to what is in `out`
+  size_t first_panel, last_panel;
+  uint8_t* scratch;  // TransposedScratchBytes(), aligned to 64
+};
+KT_INLINE size_t TransposedScratchBytes(Precision rows, const MatrixLayout& m, size_t matrices) {
+  return 2 * kPanel * TransposedLayout(m, matrices).group_cols *
+         (rows == Precision::kFloat32 ? 4 : 2);
+}
+
+// The activation's derivative over one row. `n` is a multiple of 16.
+struct ActivationGradArgs {
+  Activation activation;
+  size_t n;
+  float weight;       // routing weight
+  const float* grad;  // [n] gradient of what the activation gives, before the routing weight
+  float* gate;        // [n] in: outputs of gate; out: weight times their gradient. `up` if ungated
+  float* up;          // [n] the same for up
+  float* inter;       // [n] what the activation gives; null: not wanted
+};
+
+// out[m, n] (+)= alpha * sum over k of x[m, k] * w[k, n], in float32.
+struct GemmArgs {
+  size_t m, n, k;  // n a multiple of 16
+  float alpha;
+  const float* x;
+  size_t x_row, x_col;  // elements from row to row, and from column to column
+  const float* w;
+  size_t w_row;
+  float* out;
+  size_t out_row;
+  bool adds;  // to what is in `out`
+};
+
 // One matrix to pack: dense (element [r, c] at data + r * row_stride + c * col_stride, in
 // elements), or already quantised, with contiguous canonical codes, scales and zero points.
 struct SourceMatrix {
@@ -150,6 +207,9 @@ struct Kernels {
   void (*gate_up)(const GateUpArgs&);
   void (*down)(const DownArgs&);
   bool (*pack)(const PackArgs&);  // false: a weight or a scale is NaN or infinite
+  void (*transposed)(const TransposedArgs&);
+  float (*activation_grad)(const ActivationGradArgs&);  // returns sum of grad * activation
+  void (*gemm)(const GemmArgs&);
   void (*activate)(const Activation&, const float* gate, const float* up, float* out, size_t n);
   size_t staged_rows;  // what gate_up wants of UnpackScratchBytes(); `down` wants none
   // Products of this precision on registers alone, many times; returns how many operations that

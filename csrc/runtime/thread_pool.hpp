@@ -14,7 +14,7 @@ namespace kt {
 // run on any thread, in any order, at the same time.
 class Job {
  public:
-  static constexpr size_t kMaxPhases = 4;
+  static constexpr size_t kMaxPhases = 6;
 
   virtual ~Job() = default;
   virtual size_t Phases() const = 0;

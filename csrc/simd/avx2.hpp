@@ -158,6 +158,47 @@ inline I32 LookupHalves(I32 a) {
 
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
+inline __m256i RoundToBf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  // Adding may carry a NaN out of its exponent.
+  const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(sum, nan, is_nan), 16);
+}
+inline I32 PackBf16(F32 low, F32 high) {
+  // packus works within 128-bit halves: put the four quarters back in order afterwards.
+  const auto pack = [](F32 x) {
+    const __m256i mixed = _mm256_packus_epi32(RoundToBf16(x.lo), RoundToBf16(x.hi));
+    return _mm256_permute4x64_epi64(mixed, 0xd8);
+  };
+  return {pack(low), pack(high)};
+}
+
+inline void Transpose8x8(__m256i* const (&r)[8]) {
+  __m256i pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_epi32(*r[i], *r[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_epi32(*r[i], *r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  for (int i = 0; i < 4; ++i) {
+    *r[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    *r[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
+}
+inline void Transpose8x8(I32 (&rows)[8]) {
+  __m256i *lo[8], *hi[8];
+  for (int i = 0; i < 8; ++i) lo[i] = &rows[i].lo, hi[i] = &rows[i].hi;
+  Transpose8x8(lo);
+  Transpose8x8(hi);
+}
+
 inline int32_t FourBytes(const void* p) {
   int32_t x;
   memcpy(&x, p, 4);

@@ -89,6 +89,43 @@ inline I32 LookupHalves(I32 a) {
 
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
+#ifdef __AVX512BF16__
+inline I32 PackBf16(F32 low, F32 high) { return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)}; }
+#else
+inline __m256i RoundToBf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  // Adding may carry a NaN out of its exponent.
+  const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, sum, nan), 16));
+}
+inline I32 PackBf16(F32 low, F32 high) {
+  return {_mm512_inserti64x4(_mm512_castsi256_si512(RoundToBf16(low.v)), RoundToBf16(high.v), 1)};
+}
+#endif
+
+inline void Transpose8x8(I32 (&rows)[8]) {
+  __m512i pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  // The first and third quarters of two rows, then their second and fourth.
+  const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+  const __m512i odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm512_permutex2var_epi64(fours[i], even, fours[i + 4]);
+    rows[i + 4].v = _mm512_permutex2var_epi64(fours[i], odd, fours[i + 4]);
+  }
+}
+
 inline __m512i Broadcast4(const void* p) {
   int32_t x;
   memcpy(&x, p, 4);

@@ -143,6 +143,31 @@ inline I32 LookupHalves(I32 a) {
 // bfloat16 `even` in the low and `odd` in the high half of each lane; both must be exact.
 inline I32 Bf16Pair(F32 even, F32 odd) { return Xor(Shr(AsI32(even), 16), AsI32(odd)); }
 
+// Lanes n and n + 1 of `low` as bfloat16 in lane n / 2, those of `high` in lane 8 + n / 2; rounded
+// to nearest, ties to even.
+inline I32 PackBf16(F32 low, F32 high) {
+  uint16_t halves[32];
+  for (int i = 0; i < 32; ++i) {
+    uint32_t bits;
+    memcpy(&bits, i < 16 ? &low.v[i] : &high.v[i - 16], 4);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    halves[i] = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u
+                                             : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+  return I32::Load(halves);
+}
+
+// Lanes 0..7 and lanes 8..15 of eight rows are two matrices of 8 x 8: transposes both.
+inline void Transpose8x8(I32 (&rows)[8]) {
+  for (int half = 0; half < 16; half += 8)
+    for (int i = 0; i < 8; ++i)
+      for (int j = 0; j < i; ++j) {
+        const int32_t kept = rows[i].v[half + j];
+        rows[i].v[half + j] = rows[j].v[half + i];
+        rows[j].v[half + i] = kept;
+      }
+}
+
 // acc[n] += sum_{j<4} w[n][j] * a[j] over int8; `a` points at 4 bytes.
 inline I32 DotI8(I32 acc, I32 w, const void* a) {
   int8_t x[4], y[64];

@@ -87,8 +87,8 @@ class KtQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed experts have no gradient yet."""
-        return False
+        """Gradients pass through packed experts; what is trained stands beside them."""
+        return True
 
 
 def forget_experts(model: PreTrainedModel, modules: Sequence[str], prefixes: Sequence[str]) -> None:

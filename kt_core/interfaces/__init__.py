@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from kt_core.interfaces.backend import Backend, ExpertDevice
-from kt_core.interfaces.expert_kernel import ExpertKernel, ExpertWeights, Ticket
+from kt_core.interfaces.expert_kernel import (
+    ExpertGradients,
+    ExpertKernel,
+    ExpertWeights,
+    LoraWeights,
+    Ticket,
+)
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
 from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat, stored_parts
@@ -11,9 +17,11 @@ from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat, stor
 __all__ = [
     "Backend",
     "ExpertDevice",
+    "ExpertGradients",
     "ExpertKernel",
     "ExpertWeights",
     "ExpertsSite",
+    "LoraWeights",
     "ModelAdapter",
     "ModelSource",
     "Progress",

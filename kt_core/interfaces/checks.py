@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from kt_core.interfaces.expert_kernel import ExpertWeights
+from kt_core.interfaces.expert_kernel import ExpertWeights, LoraWeights
 from kt_core.interfaces.weight_format import QuantizedTensor, stored_parts
 from kt_core.types import Format, MoeSpec
 
@@ -101,6 +101,44 @@ def check_resident(spec: MoeSpec, resident: Collection[int], expert_ids: torch.T
         if expert >= 0 and expert not in resident:
             msg = f"expert {expert} is not resident"
             raise ValueError(msg)
+
+
+def check_grad_out(hidden: torch.Tensor, grad_out: torch.Tensor) -> None:
+    """Refuse a gradient that is not shaped and typed like the output."""
+    if grad_out.shape != hidden.shape or grad_out.dtype != hidden.dtype:
+        msg = (
+            f"grad_out must be {list(hidden.shape)} of {hidden.dtype}, "
+            f"got {list(grad_out.shape)} of {grad_out.dtype}"
+        )
+        raise ValueError(msg)
+
+
+def check_lora(spec: MoeSpec, lora: LoraWeights) -> None:
+    """Refuse LoRA matrices of a wrong shape or type, and halves of a pair."""
+    import torch
+
+    experts, hidden, inner = spec.num_experts, spec.hidden_size, spec.intermediate_size
+    sizes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+    for name, (inputs, outputs) in sizes.items():
+        a, b = getattr(lora, f"{name}_a"), getattr(lora, f"{name}_b")
+        if (a is None) != (b is None):
+            msg = f"LoRA of {name} needs both A and B, or neither"
+            raise ValueError(msg)
+        if a is None:
+            continue
+        if name == "gate" and not spec.activation.is_gated:
+            msg = "LoRA of gate is not part of this layer: its experts have no gate"
+            raise ValueError(msg)
+        rank = a.shape[1] if a.dim() == 3 else 0
+        wanted = {"a": (a, (experts, rank, inputs)), "b": (b, (experts, outputs, rank))}
+        for side, (matrix, shape) in wanted.items():
+            is_float = matrix.dtype in (torch.float32, torch.bfloat16)
+            if rank < 1 or tuple(matrix.shape) != shape or not is_float:
+                msg = (
+                    f"{name}_{side} must be {list(shape)} of float32 or bfloat16 with rank >= 1, "
+                    f"got {list(matrix.shape)} of {matrix.dtype}"
+                )
+                raise ValueError(msg)
 
 
 def _check_presence(name: str, value: object, *, is_wanted: bool) -> None:

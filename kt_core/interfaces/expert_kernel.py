@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kt_core.errors import UnsupportedTrainingError
 from kt_core.interfaces.weight_format import QuantizedTensor
 from kt_core.types import ActivationPrecision, Format, MoeSpec
 
@@ -37,6 +38,49 @@ class ExpertWeights:
     gate_bias: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraWeights:
+    """Low-rank additions to the projections: ``W x`` becomes ``W x + scale * B (A x)``.
+
+    (LoRA: Hu et al. 2021, arXiv:2106.09685.) Any subset of the projections; A and B of one are
+    there or absent together. float32 or bfloat16, computed in float32. ``rank`` may differ from
+    projection to projection.
+
+    Attributes:
+        scale: Factor of every addition; alpha / rank, usually.
+        gate_a: ``[num_experts, rank, hidden]``, as ``up_a``.
+        gate_b: ``[num_experts, intermediate, rank]``, as ``up_b``.
+        up_a: See ``gate_a``.
+        up_b: See ``gate_b``.
+        down_a: ``[num_experts, rank, intermediate]``.
+        down_b: ``[num_experts, hidden, rank]``.
+    """
+
+    scale: float
+    gate_a: torch.Tensor | None = None
+    gate_b: torch.Tensor | None = None
+    up_a: torch.Tensor | None = None
+    up_b: torch.Tensor | None = None
+    down_a: torch.Tensor | None = None
+    down_b: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGradients:
+    """What ``ExpertKernel.backward`` returns.
+
+    Attributes:
+        hidden: ``[tokens, hidden]``, of the hidden states' type.
+        weights: ``[tokens, k]``, of the routing weights' type; 0 for somebody else's pairs.
+        lora: Gradients in the places of the matrices, of their shapes and types; 0 for experts no
+            token went to. None where there was no LoRA.
+    """
+
+    hidden: torch.Tensor
+    weights: torch.Tensor
+    lora: LoraWeights | None = None
+
+
 class Ticket(ABC):
     """Work that was submitted. Dropping it without waiting must not leak or crash."""
 
@@ -58,10 +102,13 @@ class ExpertKernel(ABC):
     Attributes:
         spec: Shape and activation of the layer.
         weight_format: How the weights are stored.
+        trains: Whether ``submit_training`` and ``backward`` can be called. As the device's
+            ``Capabilities.trains``.
     """
 
     spec: MoeSpec
     weight_format: Format
+    trains: bool = False
 
     @property
     @abstractmethod
@@ -113,3 +160,56 @@ class ExpertKernel(ABC):
             ValueError: A shape or type is wrong, an id is outside ``-1..num_experts-1``, or an
                 expert is not resident.
         """
+
+    def submit_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> Ticket:
+        """Start the forward pass that ``backward`` differentiates.
+
+        As ``submit``, with LoRA added. May use more precise activations than ``submit`` where the
+        precision is the device's own choice. Keeps nothing: it may be called any number of times
+        before or after ``backward``, as gradient checkpointing does.
+
+        Raises:
+            ValueError: As for ``submit``; or a LoRA matrix has another shape or type.
+            UnsupportedTrainingError: ``trains`` is False.
+        """
+        del hidden, expert_ids, weights, lora
+        raise UnsupportedTrainingError(self._why_untrainable())
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        grad_out: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> ExpertGradients:
+        """Differentiate ``submit_training`` of the same arguments; returns when it is done.
+
+        The packed weights themselves are frozen. Called from within an operator, where torch's own
+        autograd does not record.
+
+        Args:
+            hidden: As given to ``submit_training``.
+            expert_ids: As given to ``submit_training``.
+            weights: As given to ``submit_training``.
+            grad_out: Gradient of the output, ``[tokens, hidden]``, of the hidden states' type.
+            lora: As given to ``submit_training``.
+
+        Raises:
+            ValueError: As for ``submit_training``.
+            UnsupportedTrainingError: ``trains`` is False.
+        """
+        del hidden, expert_ids, weights, grad_out, lora
+        raise UnsupportedTrainingError(self._why_untrainable())
+
+    def _why_untrainable(self) -> str:
+        return (
+            f"{type(self).__name__} has no gradient for experts of {self.weight_format.name!r}: "
+            "use torch.no_grad(), or a device whose capabilities say that it trains"
+        )

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kt_core.interfaces import ExpertKernel
+from kt_core.errors import UnsupportedTrainingError
+from kt_core.interfaces import ExpertKernel, LoraWeights
+from kt_core.moe.differentiable import LORA_NAMES, moe_experts, number_of
 from kt_core.types import MoeSpec
 
 
@@ -22,6 +24,7 @@ class HybridExperts(nn.Module):
         spec: Shape and activation of the experts.
         kernels: Who computes them.
         weight: Empty tensor that tells where the module lives; PEFT looks for it.
+        lora: Low-rank additions to the projections, or None; whoever trains them owns them.
     """
 
     def __init__(self, spec: MoeSpec, kernels: Sequence[ExpertKernel]) -> None:
@@ -33,7 +36,9 @@ class HybridExperts(nn.Module):
         self.spec = spec
         self.kernels = tuple(kernels)
         self.weight = torch.empty(0, device="cpu")
+        self.lora: LoraWeights | None = None
         self._home: torch.Tensor | None = None
+        self._numbers = [number_of(kernel) for kernel in self.kernels]
         self.refresh_placement()
 
     def refresh_placement(self) -> None:
@@ -58,6 +63,8 @@ class HybridExperts(nn.Module):
             top_k_index: ``[tokens, k]`` expert ids.
             top_k_weights: ``[tokens, k]`` routing weights.
         """
+        if self._needs_gradient(hidden_states, top_k_weights):
+            return self._differentiable(hidden_states, top_k_index, top_k_weights)
         tickets = [
             kernel.submit(hidden_states, self._ids_for(index, top_k_index), top_k_weights)
             for index, kernel in enumerate(self.kernels)
@@ -65,6 +72,40 @@ class HybridExperts(nn.Module):
         out = tickets[0].wait()
         for ticket in tickets[1:]:
             out = out + ticket.wait()
+        return out
+
+    def _needs_gradient(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
+        """Whether autograd, the compiler or LoRA needs the operator rather than the kernels.
+
+        In training mode always: gradient checkpointing runs its first pass without gradients, and
+        that must compute the same numbers as the second.
+        """
+        if self.lora is not None or torch.compiler.is_compiling():
+            return True
+        if self.training and all(kernel.trains for kernel in self.kernels):
+            return True
+        return torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad)
+
+    def _differentiable(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        untrained = [kernel for kernel in self.kernels if not kernel.trains]
+        if untrained:
+            msg = (
+                f"{type(untrained[0]).__name__} has no gradient for experts of "
+                f"{untrained[0].weight_format.name!r}: use torch.no_grad(), or a device whose "
+                f"capabilities say that it trains"
+            )
+            raise UnsupportedTrainingError(msg)
+        ids = [self._ids_for(index, expert_ids) for index in range(len(self.kernels))]
+        lora = self.lora
+        matrices = (None,) * len(LORA_NAMES)
+        if lora is not None:
+            matrices = tuple(getattr(lora, name) for name in LORA_NAMES)
+        scale = 1.0 if lora is None else lora.scale
+        out: torch.Tensor = moe_experts(
+            hidden, torch.stack(ids), weights, self._numbers, scale, *matrices
+        )
         return out
 
     def forward_pairs(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:

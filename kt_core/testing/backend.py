@@ -11,6 +11,7 @@ from kt_core.errors import UnsupportedFormatError
 from kt_core.testing.backend_harness import SPEC, BackendHarness, precisions
 from kt_core.testing.backend_numbers import BackendNumbers
 from kt_core.testing.backend_rules import LoadingRules, SubmittingRules
+from kt_core.testing.backend_training import BackendTraining
 from kt_core.types import Element, Format, ScaleType
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -90,7 +91,7 @@ class BackendFacts(BackendHarness):
             )
 
 
-class BackendContract(BackendFacts, BackendNumbers, LoadingRules, SubmittingRules):
+class BackendContract(BackendFacts, BackendNumbers, BackendTraining, LoadingRules, SubmittingRules):
     """What every backend must do. Subclass it in a test file and name the backend::
 
         class TestMyBackend(BackendContract):

@@ -1,19 +1,26 @@
 """The slow truth: a layer of experts in float64 on the dequantised weights, and its error bounds.
 
 Kernels quantise activations, so the reference does the same first, in the same float32 arithmetic
-(``_rounded``); what is left is the order and the precision of sums. Bounds follow N. Higham,
+(``rounded``); what is left is the order and the precision of sums. Bounds follow N. Higham,
 *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.1: a float32 dot product of
 length n errs by at most ``n * u / (1 - n * u) * sum |terms|``, ``u = 2**-24``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
-from kt_core.interfaces import ExpertWeights, QuantizedTensor, WeightFormat
+from kt_core.interfaces import (
+    ExpertGradients,
+    ExpertWeights,
+    LoraWeights,
+    QuantizedTensor,
+    WeightFormat,
+)
 from kt_core.moe.activations import activate
 from kt_core.types import ActivationPrecision, MoeSpec
 
@@ -99,31 +106,76 @@ def forward(
         magnitude.index_add_(0, token, (value * scale).abs())
     # The weighted sum over experts: one multiply-add each.
     allowed += (expert_ids.shape[1] + 1) * UNIT_ROUNDOFF * magnitude
-    return out, allowed + _stored_error(out.abs() + allowed, hidden.dtype)
+    return out, allowed + stored_error(out.abs() + allowed, hidden.dtype)
 
 
 def exact(
-    layer: Layer, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    layer: Layer,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    lora: LoraWeights | None = None,
 ) -> torch.Tensor:
     """Return the output ``[tokens, hidden]`` in float64 with nothing rounded on the way.
 
     What the formula says, for those who compare float64 with float64; ``forward`` is for kernels.
+    Differentiable in hidden states, routing weights and LoRA matrices.
     """
+
+    def project(index: int, name: str, x: torch.Tensor) -> torch.Tensor:
+        expert = layer.experts[index]
+        value = torch.nn.functional.linear(x, expert[name], expert.get(f"{name}_bias"))
+        a = None if lora is None else getattr(lora, f"{name}_a")
+        if lora is None or a is None:
+            return value
+        b = getattr(lora, f"{name}_b")
+        low: torch.Tensor = x @ a[index].double().T @ b[index].double().T
+        return value + lora.scale * low
+
     out = torch.zeros(hidden.shape, dtype=torch.float64)
-    for index, expert in layer.experts.items():
+    for index in layer.experts:
         token, k = torch.where(expert_ids == index)
         x = hidden[token].double()
-        up = torch.nn.functional.linear(x, expert["up"], expert.get("up_bias"))
-        gate = up
-        if layer.spec.activation.is_gated:
-            gate = torch.nn.functional.linear(x, expert["gate"], expert.get("gate_bias"))
-        inner = activate(layer.spec.activation, gate, up)
-        value = torch.nn.functional.linear(inner, expert["down"], expert.get("down_bias"))
-        out.index_add_(0, token, value * weights[token, k, None].double())
+        up = project(index, "up", x)
+        gate = project(index, "gate", x) if layer.spec.activation.is_gated else up
+        value = project(index, "down", activate(layer.spec.activation, gate, up))
+        out = out.index_add(0, token, value * weights[token, k, None].double())
     return out
 
 
-def _stored_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | float:
+def backward(  # noqa: PLR0917 - the interface's arguments
+    layer: Layer,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    grad_out: torch.Tensor,
+    lora: LoraWeights | None = None,
+) -> ExpertGradients:
+    """Return torch's own gradients of ``exact``, in float64 and rounded once."""
+    matrices = {} if lora is None else lora_matrices(lora)
+    inputs = [t.detach().clone().requires_grad_() for t in (hidden, weights, *matrices.values())]
+    traced = None if lora is None else _with_matrices(lora, inputs[2:])
+    with torch.enable_grad():
+        out = exact(layer, inputs[0], expert_ids, inputs[1], traced)
+        # Without a pair there is nothing to differentiate; 0 times everything gives zeros.
+        out = out + 0.0 * sum(t.double().sum() for t in inputs)
+        found = torch.autograd.grad(out, inputs, grad_out.double())
+    grads = None if lora is None else _with_matrices(lora, found[2:])
+    return ExpertGradients(hidden=found[0], weights=found[1], lora=grads)
+
+
+def lora_matrices(lora: LoraWeights) -> dict[str, torch.Tensor]:
+    """Return the matrices that are there, by name."""
+    values = {field.name: getattr(lora, field.name) for field in fields(lora)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _with_matrices(lora: LoraWeights, matrices: Sequence[torch.Tensor]) -> LoraWeights:
+    named: dict[str, Any] = dict(zip(lora_matrices(lora), matrices, strict=True))
+    return replace(lora, **named)
+
+
+def stored_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | float:
     """What rounding a result to the type of the hidden states may cost."""
     if dtype is torch.bfloat16:
         return BF16_ROUNDOFF * magnitude
@@ -138,11 +190,11 @@ def _expert(
     activation = layer.spec.activation
     exact = x.float()
     no_error = torch.zeros_like(exact, dtype=torch.float64)
-    rounded, _ = _rounded(exact, no_error, HIDDEN_GROUP, precision)
-    up, up_error = _linear(rounded, 0.0, expert["up"], expert.get("up_bias"))
+    given, _ = rounded(exact, no_error, HIDDEN_GROUP, precision)
+    up, up_error = linear(given, 0.0, expert["up"], expert.get("up_bias"))
     gate, gate_error = up, up_error
     if activation.is_gated:
-        gate, gate_error = _linear(rounded, 0.0, expert["gate"], expert.get("gate_bias"))
+        gate, gate_error = linear(given, 0.0, expert["gate"], expert.get("gate_bias"))
     inner = activate(activation, gate, up)
     # Over the box of possible inputs the activation is extreme at a corner, or within rounding of
     # it: the box is some 1e-6 wide and the functions are smooth or piecewise linear.
@@ -154,11 +206,11 @@ def _expert(
     other = up.abs() + 1 if activation.is_gated else 1.0
     squared = gate.abs() * (gate.abs() + 1)
     error = error + 16 * UNIT_ROUNDOFF * (inner.abs() + squared.sqrt() * gate.abs().sqrt() * other)
-    rounded_inner, inner_error = _rounded(inner.float(), error, INTERMEDIATE_GROUP, precision)
-    return _linear(rounded_inner, inner_error, expert["down"], expert.get("down_bias"))
+    rounded_inner, inner_error = rounded(inner.float(), error, INTERMEDIATE_GROUP, precision)
+    return linear(rounded_inner, inner_error, expert["down"], expert.get("down_bias"))
 
 
-def _linear(
+def linear(
     x: torch.Tensor, x_error: torch.Tensor | float, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     value, terms = x @ weight.T, x.abs() @ weight.abs().T
@@ -173,7 +225,7 @@ def _linear(
     return value, error + 1e-30
 
 
-def _rounded(
+def rounded(
     x: torch.Tensor, error: torch.Tensor, group_size: int, precision: ActivationPrecision
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations as the kernel multiplies them, and their error given the error of ``x``.

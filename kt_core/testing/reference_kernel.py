@@ -6,8 +6,10 @@ purpose, that a model adapter finds the right weights, that a layer split over t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,20 +18,24 @@ from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import (
     Backend,
     ExpertDevice,
+    ExpertGradients,
     ExpertKernel,
     ExpertWeights,
+    LoraWeights,
     Ticket,
     WeightFormat,
 )
 from kt_core.interfaces.checks import (
     check_expert,
     check_finite,
+    check_grad_out,
+    check_lora,
     check_pairs,
     check_resident,
     check_weights,
 )
 from kt_core.quant import BUILT_IN_FORMATS
-from kt_core.testing import reference
+from kt_core.testing import backward_reference, reference
 from kt_core.types import (
     ActivationPrecision,
     Capabilities,
@@ -38,6 +44,8 @@ from kt_core.types import (
     Format,
     MoeSpec,
 )
+
+_Result = TypeVar("_Result")
 
 
 class FinishedTicket(Ticket):
@@ -54,6 +62,8 @@ class FinishedTicket(Ticket):
 
 class ReferenceKernel(ExpertKernel):
     """Keeps the dequantised weights; computes ``reference.forward``."""
+
+    trains = True
 
     def __init__(
         self,
@@ -99,6 +109,63 @@ class ReferenceKernel(ExpertKernel):
         out, _ = reference.forward(self._layer(), hidden, expert_ids, weights, precision)
         return FinishedTicket(out.to(hidden.dtype))
 
+    def submit_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> Ticket:
+        """See ``ExpertKernel.submit_training``; rounds where ``backward_reference`` does."""
+        self._check_training(hidden, expert_ids, weights, lora)
+        precision = self._training_precision(hidden.dtype)
+        arguments = (self._layer(), hidden, expert_ids, weights, precision, lora)
+        out = _with_autograd(lambda: backward_reference.forward(*arguments))
+        return FinishedTicket(out.value.to(hidden.dtype))
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        grad_out: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> ExpertGradients:
+        """See ``ExpertKernel.backward``; rounds where ``backward_reference`` does."""
+        self._check_training(hidden, expert_ids, weights, lora)
+        check_grad_out(hidden, grad_out)
+        precision = self._training_precision(hidden.dtype)
+        arguments = (self._layer(), hidden, expert_ids, weights, grad_out, precision, lora)
+        found = _with_autograd(lambda: backward_reference.backward(*arguments))
+        grads = None
+        if lora is not None:
+            matrices = reference.lora_matrices(lora)
+            named: dict[str, Any] = {n: found[n].value.to(m.dtype) for n, m in matrices.items()}
+            grads = replace(lora, **named)
+        return ExpertGradients(
+            hidden=found["hidden"].value.to(hidden.dtype),
+            weights=found["weights"].value.to(weights.dtype),
+            lora=grads,
+        )
+
+    def _training_precision(self, dtype: torch.dtype) -> ActivationPrecision:
+        if self._precision is not ActivationPrecision.AUTO:
+            return self._precision
+        is_bf16 = dtype is torch.bfloat16
+        return ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.FLOAT32
+
+    def _check_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None,
+    ) -> None:
+        check_pairs(self.spec, hidden, expert_ids, weights)
+        check_resident(self.spec, self._experts, expert_ids)
+        if lora is not None:
+            check_lora(self.spec, lora)
+
     def _layer(self) -> reference.Layer:
         return reference.Layer(self.spec, self._experts)
 
@@ -130,6 +197,30 @@ class ExactKernel(ReferenceKernel):
         check_resident(self.spec, self._experts, expert_ids)
         return FinishedTicket(reference.exact(self._layer(), hidden, expert_ids, weights))
 
+    def submit_training(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> Ticket:
+        """Compute ``reference.exact``."""
+        check_resident(self.spec, self._experts, expert_ids)
+        with torch.no_grad():
+            return FinishedTicket(reference.exact(self._layer(), hidden, expert_ids, weights, lora))
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        grad_out: torch.Tensor,
+        lora: LoraWeights | None = None,
+    ) -> ExpertGradients:
+        """Let torch differentiate ``reference.exact``."""
+        arguments = (self._layer(), hidden, expert_ids, weights, grad_out, lora)
+        return _with_autograd(lambda: reference.backward(*arguments))
+
 
 class ReferenceBackend(Backend):
     """The device ``reference``: every format, every precision the format has."""
@@ -159,7 +250,7 @@ class ReferenceBackend(Backend):
     def capabilities(self, device: str) -> Capabilities:
         """See ``Backend.capabilities``."""
         del device
-        return Capabilities(formats=frozenset(f.name for f in self._formats))
+        return Capabilities(formats=frozenset(f.name for f in self._formats), trains=True)
 
     def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
         """See ``Backend.open``; there is one thread, the caller's."""
@@ -204,6 +295,15 @@ class ReferenceDevice(ExpertDevice):
 
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""
+
+
+def _with_autograd(compute: Callable[[], _Result]) -> _Result:
+    """Compute where torch records what is done: within an operator it does not, on that thread."""
+    with torch.enable_grad():
+        if (torch.ones(1, requires_grad=True) * 1).requires_grad:
+            return compute()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(compute).result()
 
 
 def expert_bytes(spec: MoeSpec) -> int:

@@ -16,6 +16,7 @@ from kt_core import plugins
 from kt_core.interfaces import (
     Backend,
     ExpertDevice,
+    ExpertGradients,
     ExpertKernel,
     ExpertWeights,
     QuantizedTensor,
@@ -331,6 +332,56 @@ class ComputesMoreThanItSays(ReferenceBackend):
         return Any8(self.devices()[0], self.capabilities(device), self._formats)
 
 
+class TrainsAgainstItsWord(ReferenceKernel):
+    trains = False
+
+
+class ForgetsTheRoutingWeight(ReferenceKernel):
+    def backward(self, hidden: Any, expert_ids: Any, weights: Any, *rest: Any) -> ExpertGradients:
+        return super().backward(hidden, expert_ids, torch.ones_like(weights), *rest)
+
+
+class DifferentiatesSiluOnly(ReferenceKernel):
+    def __init__(self, spec: MoeSpec, *rest: Any) -> None:
+        super().__init__(replace(spec, activation=replace(spec.activation, kind=SILU.kind)), *rest)
+
+
+class LosesTheLastGradient(ReferenceKernel):
+    def backward(self, *arguments: Any) -> ExpertGradients:
+        found = super().backward(*arguments)
+        if found.hidden.shape[1] % 2:
+            found.hidden[:, -1] = 0
+        return found
+
+
+class IgnoresLora(ReferenceKernel):
+    def submit_training(self, *arguments: Any) -> Ticket:
+        return super().submit_training(*arguments[:3])
+
+
+class GivesFloat32Gradients(ReferenceKernel):
+    def backward(self, *arguments: Any) -> ExpertGradients:
+        found = super().backward(*arguments)
+        return replace(found, hidden=found.hidden.float())
+
+
+class GivesForeignPairsAGradient(ReferenceKernel):
+    def backward(self, *arguments: Any) -> ExpertGradients:
+        found = super().backward(*arguments)
+        found.weights[arguments[1] == -1] = 1e-3
+        return found
+
+
+class AddsToTheLastGradient(ReferenceKernel):
+    before: torch.Tensor | float = 0.0
+
+    def backward(self, *arguments: Any) -> ExpertGradients:
+        found = super().backward(*arguments)
+        before = self.before
+        self.before = before + found.weights.sum()
+        return replace(found, hidden=found.hidden + before)
+
+
 FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
 RELU = next(a for a in ACTIVATIONS if a.kind is ActivationKind.RELU)
 
@@ -353,6 +404,19 @@ CASES = [
     Case("test_refuses_formats_it_does_not_compute", ComputesMoreThanItSays),
     Case("test_matches_the_reference", IgnoresRoutingWeights, {**INT8, "tokens": 3}),
     Case("test_matches_the_reference", DropsTheLastExpert, {**INT8, "tokens": 17}),
+    Case("test_says_whether_it_trains", TrainsAgainstItsWord, INT8),
+    Case("test_gradients_match_the_reference", ForgetsTheRoutingWeight, {**INT8, "tokens": 3}),
+    Case(
+        "test_gradients_of_activations",
+        DifferentiatesSiluOnly,
+        {"activation": RELU, "has_bias": False},
+    ),
+    Case("test_gradients_of_odd_shapes", LosesTheLastGradient, INT8),
+    Case("test_lora", IgnoresLora, INT8),
+    Case("test_types_of_gradients", GivesFloat32Gradients),
+    Case("test_gradients_of_repeated_experts_and_foreign_pairs", GivesForeignPairsAGradient),
+    Case("test_nothing_is_kept_between_passes", AddsToTheLastGradient),
+    Case("test_training_refuses_what_does_not_fit", IgnoresLora),
     Case("test_types_of_hidden_states", AnswersInFloat32, INT8),
     Case("test_odd_shapes", LosesTheLastOddOutput, INT8),
     Case("test_activations", KnowsSiluOnly, {"activation": RELU, "has_bias": False}),

@@ -1,0 +1,101 @@
+#pragma once
+#include "moe/expert_layer.hpp"
+
+namespace kt {
+
+// What the two passes of training share: grouped pairs, rows of the hidden states, gate and up as
+// they come, before the activation. Nothing is kept from the forward to the backward pass: gradient
+// checkpointing may run either as often as it likes.
+class TrainingJob : public Job {
+ public:
+  ~TrainingJob() override;
+  size_t Chunks(size_t phase) const override { return phases_[phase].chunks; }
+
+ protected:
+  // A phase of so many units, `per_chunk` of them at a time.
+  struct Phase {
+    size_t units, per_chunk, chunks;
+  };
+  struct Range {
+    size_t first, last;
+  };
+
+  TrainingJob(ExpertLayer& layer, const TrainingArgs& args);
+
+  // Chunks of a phase, several for each thread, so that nobody waits long for the last one.
+  void Cut(size_t phase, size_t units, size_t most_per_chunk = SIZE_MAX);
+  // Of the intermediate panels of every active expert, in twos.
+  void CutExperts(size_t phase) { Cut(phase, pairs_.active.size() * panel_pairs_); }
+  // Of the panels of the hidden size, in twos: all experts add to the panels of a chunk, which
+  // should stay in the L2 cache meanwhile.
+  void CutOutput(size_t phase);
+  Range Units(size_t phase, size_t chunk) const;
+
+  void PrepareHidden(Range tokens) noexcept;
+  // Calls body(active expert, panels) for units of CutExperts.
+  template <class Body>
+  void ForExpertPanels(Range units, const Body& body) {
+    while (units.first < units.last) {
+      const size_t pair = units.first % panel_pairs_;
+      const size_t end = std::min(panel_pairs_, pair + (units.last - units.first));
+      body(pairs_.active[units.first / panel_pairs_],
+           Range{2 * pair, std::min(2 * end, layer_.layout_.up.panels)});
+      units.first += end - pair;
+    }
+  }
+  void RawGateUp(const PairGroups::Active& active, Range panels) noexcept;
+  Range OutputPanels(Range units) const;
+  void ClearOut(Range panels) noexcept;
+  // From [panels, tokens, 16] to [tokens, hidden].
+  void StoreOut(Range panels, void* target) noexcept;
+
+  // Adds what LoRA adds to rows of gate and up, and keeps what A made of their inputs.
+  void AddLoraToGateUp(const PairGroups::Block& block) noexcept;
+  // out[tokens] += scale * matrix of the side applied to the expert's rows `narrow`.
+  void AddLoraToOut(const Lora& lora, Lora::Side side, const PairGroups::Active& active,
+                    const float* narrow, Range panels) noexcept;
+  // Multiplies rows of the down projection's rank with the routing weights.
+  void WeighRank(const PairGroups::Block& block, std::vector<float>& rows) noexcept;
+  // Rows of the hidden size in float32, of this thread's own: those of a block's tokens.
+  const float* Gather(const void* source, const PairGroups::Block& block) noexcept;
+  size_t gathered_stride() const {
+    // Not a power of two: rows of a block would share few sets of the L1 cache.
+    return RoundUp(layer_.spec().hidden_size, kPanel) + kPanel;
+  }
+  float* Inner(size_t projection, size_t pair) {
+    return buffers_.inner[projection].data() + pair * loras_[projection]->rank_stride();
+  }
+  float* GradInner(size_t projection, size_t pair) {
+    return buffers_.grad_inner[projection].data() + pair * loras_[projection]->rank_stride();
+  }
+
+  // Where row `pair` of a buffer [pairs, intermediate, padded to 16] begins.
+  float* Row(std::vector<float>& buffer, size_t pair) const {
+    return buffer.data() + pair * inter_stride_;
+  }
+  // Of ungated experts, what stands for the gate's output is that of up.
+  std::vector<float>& gate() { return layer_.layout_.has_gate ? buffers_.gate : buffers_.up; }
+
+  const ExpertLayout& layout() const { return layer_.layout_; }
+  const Kernels& kernels() const { return layer_.kernels_; }
+  const uint8_t* Weights(size_t expert) const { return layer_.memory_.At(expert); }
+
+  ExpertLayer& layer_;
+  TrainingArgs args_;
+  // Of its own: a worker may be the last to let go of a job, after the layer is gone.
+  std::shared_ptr<ScratchPool> scratch_pool_;
+  std::unique_ptr<Scratch> scratch_;
+  TrainingBuffers& buffers_;
+  PairGroups& pairs_;
+  ActivationRows hidden_rows_;
+  size_t inter_stride_, panel_pairs_;
+  Phase phases_[kMaxPhases] = {};
+  enum Projection : size_t { kGate, kUp, kDown };
+  Lora gate_lora_, up_lora_, down_lora_;
+  const Lora* const loras_[3] = {&gate_lora_, &up_lora_, &down_lora_};
+};
+
+// A buffer of this thread's own, aligned to 64, which only grows.
+uint8_t* TrainingThreadScratch(size_t bytes);
+
+}  // namespace kt
