@@ -105,6 +105,7 @@ inline void GateUpStaged(const GateUpArgs& args) {
     part.tokens = nullptr;
     part.count = count;
     part.inter += first * args.inter_stride;
+    if (part.gate) part.gate += first * args.inter_stride;
     GateUpPanels<Product>(part);
     first += count;
   }
