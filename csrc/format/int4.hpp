@@ -33,6 +33,7 @@ struct Int4 {
   // What DotOperand takes for `zero`: 16 - zero in every byte, so that code - zero + 16 is
   // in 1..31.
   static I32 DotOffset(I32 zero) { return Mul(Sub(I32::Set(16), zero), I32::Set(0x01010101)); }
+  static constexpr bool kIsDotOperand = false;  // a row is not what DotOperand makes of it
   static I32 DotOperand(I32 row, int i, I32 offset) {
     const I32 codes = And(i == 0 ? row : Shr(row, 4), I32::Set(0x0f0f0f0f));
     return kZeroPoint ? Add(codes, offset) : codes;  // no byte carries

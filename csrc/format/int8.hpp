@@ -1,4 +1,5 @@
-// int8 weights. A 64-byte row: for output n, inputs k..k+3 in the four bytes of lane n, low first.
+// int8 weights, stored as weight + 128: instructions that multiply unsigned by signed bytes take them
+// as they lie. A 64-byte row: for output n, inputs k..k+3 in the four bytes of lane n, low first.
 namespace kt::KT_ISA {
 namespace {
 
@@ -11,7 +12,9 @@ struct Int8 {
   static constexpr bool kIsSmallFloat = false;
   static constexpr int kSmallestGroup = 16;
 
-  static F32 Value(I32 row, int j) { return ToF32(Sar(Shl(row, 24 - 8 * j), 24)); }
+  // Adding 128 to a byte is flipping its top bit.
+  static I32 Flip(I32 row) { return Xor(row, I32::Set(static_cast<int32_t>(0x80808080u))); }
+  static F32 Value(I32 row, int j) { return ToF32(Sar(Shl(Flip(row), 24 - 8 * j), 24)); }
   static I32 Bf16Operand(I32 row, int i, I32) {
     return Bf16Pair(Value(row, 2 * i), Value(row, 2 * i + 1));
   }
@@ -20,10 +23,8 @@ struct Int8 {
   static constexpr int kDotsPerRow = 1;         // groups of four inputs in one row
   static constexpr int kDotZero = kInt8Offset;  // operands are weight + kDotZero
   static I32 DotOffset(I32) { return I32::Set(0); }
-  static I32 DotOperand(I32 row, int, I32) {
-    // Adding 128 to a byte is flipping its top bit.
-    return kInt8Offset == 128 ? Xor(row, I32::Set(static_cast<int32_t>(0x80808080u))) : row;
-  }
+  static constexpr bool kIsDotOperand = kInt8Offset == 128;
+  static I32 DotOperand(I32 row, int, I32) { return kIsDotOperand ? row : Flip(row); }
 
   using Code = uint8_t;
   static GroupCode Quantize(const float* x, size_t n, const MatrixLayout& m, float, Code* codes) {
@@ -34,7 +35,7 @@ struct Int8 {
   static uint32_t Lane(const Code* codes) {
     uint32_t lane;
     memcpy(&lane, codes, 4);
-    return lane;
+    return lane ^ 0x80808080u;
   }
 };
 

@@ -20,8 +20,9 @@
 #include "format/formats.hpp"
 
 #include "tile/stream.hpp"
-#include "tile/transpose.hpp"
 #include "tile/wide.hpp"
+
+#include "tile/transpose.hpp"
 #ifdef KT_HAS_TILES
 #include "tile/amx.hpp"
 #endif
@@ -45,5 +46,5 @@
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {Prepare, GateUp,        Down,        Pack, Transposed, ActivationGrad,
-                          Gemm,    ActivateArray, kStagedRows, Peak, Read};
+                          Gemm,    ActivateArray, ScratchBytes, Peak, Read};
 }  // namespace kt::KT_ISA

@@ -39,7 +39,7 @@ inline void TransposedPanels(const TransposedArgs& args) {
     if (is_pair) TransposePanel<Format>(args, p + 1, second);
     // A last panel without a partner meets itself.
     const Value* weights[2] = {first, is_pair ? second : first};
-    ForTokenBlocks<1>(args.count, [&](size_t at, auto size) {
+    ForTokenBlocks<1, kTokenBlock>(args.count, [&](size_t at, auto size) {
       constexpr int M = decltype(size)::kValue;
       const uint8_t* a[M];
       for (int m = 0; m < M; ++m) {
@@ -47,23 +47,25 @@ inline void TransposedPanels(const TransposedArgs& args) {
         a[m] = args.rows.data +
                (args.from ? static_cast<size_t>(args.from[i]) : i) * args.rows.row_bytes;
       }
-      F32 both[M][2];
+      PairSums sums[M] = {};
       if constexpr (sizeof(Value) == 4) {
         const float* rows[M];
         for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(a[m]);
-        WideF32(weights, t.group_cols, rows, both);
+        WideF32<M>(weights, t.group_cols, rows, sums);
       } else {
-        const Unpacked w{{reinterpret_cast<const uint8_t*>(weights[0]),
-                          reinterpret_cast<const uint8_t*>(weights[1])},
-                         {nullptr, nullptr}};
-        WideBf16(w, t, a, Prefetch{nullptr, 0}, both);
+        const Unpacked w{{{reinterpret_cast<const uint8_t*>(weights[0]), nullptr},
+                          {reinterpret_cast<const uint8_t*>(weights[1]), nullptr}}};
+        WideBf16<M>(w, {0, t.group_cols}, t, a, Prefetch{}, sums);
       }
       for (int m = 0; m < M; ++m) {
         const size_t i = at + static_cast<size_t>(m);
         float* out = args.out + p * args.out_panel_stride +
                      (args.to ? static_cast<size_t>(args.to[i]) : i) * args.out_row_stride;
         for (int n = 0; n < (is_pair ? 2 : 1); ++n, out += args.out_panel_stride)
-          (args.adds ? Add(F32::Load(out), both[m][n]) : both[m][n]).Store(out);
+          {
+          const F32 x = F32::Load(sums[m][n]);
+          (args.adds ? Add(F32::Load(out), x) : x).Store(out);
+        }
       }
     });
   }

@@ -6,9 +6,55 @@ inline F32 LoadBias(const uint8_t* expert, size_t offset, size_t panel) {
   return F32::Load(reinterpret_cast<const float*>(expert + offset) + panel * kPanel);
 }
 
+// What becomes of the products of a pair of panels, [count][2][16].
+
+inline void AddGateUpBias(const GateUpArgs& args, size_t panel, bool is_pair, PairSums* sums) {
+  const ExpertLayout& e = *args.layout;
+  const F32 first = LoadBias(args.expert, e.has_gate ? e.GateBias() : e.UpBias(), panel);
+  const F32 second = e.has_gate ? LoadBias(args.expert, e.UpBias(), panel)
+                     : is_pair  ? LoadBias(args.expert, e.UpBias(), panel + 1)
+                                : F32::Set(0.0f);
+  for (size_t i = 0; i < args.count; ++i) {
+    Add(F32::Load(sums[i][0]), first).Store(sums[i][0]);
+    Add(F32::Load(sums[i][1]), second).Store(sums[i][1]);
+  }
+}
+
+inline void StoreGated(const GateUpArgs& args, size_t panel, const PairSums* sums) {
+  float* target = args.inter + panel * kPanel;
+  if (args.gate == nullptr)
+    return ActivatePairs(args.activation, sums, args.count, target, args.inter_stride);
+  float* gate = args.gate + panel * kPanel;
+  for (size_t i = 0; i < args.count; ++i) {
+    F32::Load(sums[i][0]).Store(gate + i * args.inter_stride);
+    F32::Load(sums[i][1]).Store(target + i * args.inter_stride);
+  }
+}
+
+inline void StoreUngated(const GateUpArgs& args, size_t panel, bool is_pair, const PairSums* sums) {
+  for (size_t i = 0; i < args.count; ++i)
+    for (size_t n = 0; n < (is_pair ? 2 : 1); ++n) {
+      const F32 x = F32::Load(sums[i][n]);
+      (args.gate ? x : Activate(args.activation, x, x))
+          .Store(args.inter + i * args.inter_stride + (panel + n) * kPanel);
+    }
+}
+
+inline void AddToOut(const DownArgs& args, size_t panel, const PairSums* sums, int n) {
+  const ExpertLayout& e = *args.layout;
+  const F32 bias =
+      e.has_bias ? LoadBias(args.expert, e.DownBias(), panel) : F32::Set(0.0f);
+  float* out = args.out + panel * args.out_tokens * kPanel;
+  for (size_t i = 0; i < args.count; ++i) {
+    float* target = out + static_cast<size_t>(args.tokens[i]) * kPanel;
+    const F32 x = Add(F32::Load(sums[i][n]), bias);
+    MulAdd(x, F32::Set(args.weights[i]), F32::Load(target)).Store(target);
+  }
+}
+
 // Panels first..last-1 in twos. A pair is a gate panel and its up panel, or two neighbours.
 template <class Product>
-inline void GateUpPanels(const GateUpArgs& args) {
+inline void GateUpPanels(const GateUpArgs& args, const CallScratch& scratch) {
   const ExpertLayout& e = *args.layout;
   const size_t stride = e.has_gate ? 1 : 2;
   const auto row = [&](size_t i) {
@@ -24,36 +70,16 @@ inline void GateUpPanels(const GateUpArgs& args) {
                         &e.up,
                         &args.hidden,
                         args.count,
-                        args.scratch};
-    MultiplyPair<Product>(pair, row, [&](size_t at, auto size, auto& left, auto& right) {
-      constexpr int M = decltype(size)::kValue;
-      for (int m = 0; m < M; ++m) {
-        float* target = args.inter + (at + static_cast<size_t>(m)) * args.inter_stride + p * kPanel;
-        F32 x = left[m], y = right[m];
-        if (e.has_bias)
-          x = Add(x, LoadBias(args.expert, e.has_gate ? e.GateBias() : e.UpBias(), p));
-        if (e.has_gate) {
-          if (e.has_bias) y = Add(y, LoadBias(args.expert, e.UpBias(), p));
-          if (args.gate == nullptr) {
-            Activate(args.activation, x, y).Store(target);
-          } else {
-            x.Store(args.gate + (target - args.inter));
-            y.Store(target);
-          }
-          continue;
-        }
-        const bool is_raw = args.gate != nullptr;
-        (is_raw ? x : Activate(args.activation, x, x)).Store(target);
-        if (!is_pair) continue;
-        if (e.has_bias) y = Add(y, LoadBias(args.expert, e.UpBias(), p + 1));
-        (is_raw ? y : Activate(args.activation, y, y)).Store(target + kPanel);
-      }
-    });
+                        scratch.unpacked};
+    MultiplyPair<Product>(pair, row, scratch.sums);
+    if (e.has_bias) AddGateUpBias(args, p, is_pair, scratch.sums);
+    if (e.has_gate) StoreGated(args, p, scratch.sums);
+    else StoreUngated(args, p, is_pair, scratch.sums);
   }
 }
 
 template <class Product>
-inline void DownPanels(const DownArgs& args) {
+inline void DownPanels(const DownArgs& args, const CallScratch& scratch) {
   const ExpertLayout& e = *args.layout;
   const auto row = [&](size_t i) { return args.inter.data + i * args.inter.row_bytes; };
   for (size_t p = args.first_panel; p < args.last_panel; p += 2) {
@@ -65,64 +91,48 @@ inline void DownPanels(const DownArgs& args) {
                         &e.down,
                         &args.inter,
                         args.count,
-                        args.scratch};
-    const auto add = [&](size_t token, size_t panel, F32 x) {
-      if (e.has_bias) x = Add(x, LoadBias(args.expert, e.DownBias(), panel));
-      float* target =
-          args.out + (panel * args.out_tokens + static_cast<size_t>(args.tokens[token])) * kPanel;
-      MulAdd(x, F32::Set(args.weights[token]), F32::Load(target)).Store(target);
-    };
-    MultiplyPair<Product>(pair, row, [&](size_t at, auto size, auto& left, auto& right) {
-      constexpr int M = decltype(size)::kValue;
-      for (int m = 0; m < M; ++m) {
-        add(at + static_cast<size_t>(m), p, left[m]);
-        if (is_pair) add(at + static_cast<size_t>(m), p + 1, right[m]);
-      }
-    });
-  }
-}
-
-// Tiles are loaded with one stride from row to row: they want copies of the rows, one after
-// another. Each serves all panels of a call; how many there are is a matter of the L2 cache.
-#ifdef KT_HAS_TILES
-constexpr size_t kStagedRows = 128;
-#else
-constexpr size_t kStagedRows = 0;
-#endif
-
-template <class Product, size_t kRows>
-inline void GateUpStaged(const GateUpArgs& args) {
-  uint8_t* staged = args.scratch + UnpackScratchBytes(args.hidden.precision, args.layout->up, 0);
-  const size_t row_bytes = args.hidden.row_bytes;
-  size_t first = 0;
-  for (size_t parts = (args.count + kRows - 1) / kRows; parts > 0; --parts) {
-    const size_t count = (args.count - first + parts - 1) / parts;
-    for (size_t i = 0; i < count; ++i)
-      memcpy(staged + i * row_bytes,
-             args.hidden.data + static_cast<size_t>(args.tokens[first + i]) * row_bytes, row_bytes);
-    GateUpArgs part = args;
-    part.hidden.data = staged;
-    part.tokens = nullptr;
-    part.count = count;
-    part.inter += first * args.inter_stride;
-    if (part.gate) part.gate += first * args.inter_stride;
-    GateUpPanels<Product>(part);
-    first += count;
+                        scratch.unpacked};
+    MultiplyPair<Product>(pair, row, scratch.sums);
+    for (int n = 0; n < (is_pair ? 2 : 1); ++n)
+      AddToOut(args, p + static_cast<size_t>(n), scratch.sums, n);
   }
 }
 
 void GateUp(const GateUpArgs& args) {
+  const CallScratch scratch(args.scratch, args.hidden.precision, args.layout->up);
   VisitProduct(args.layout->up, args.hidden, [&](auto product) {
     using Product = decltype(product);
-    if constexpr (kStagedRows > 0 && Product::kHasWide)
-      if (args.count > kTokenBlock) return GateUpStaged<Product, kStagedRows>(args);
-    GateUpPanels<Product>(args);
+    ForParts(args.count, [&](size_t first, size_t count) {
+      GateUpArgs part = args;
+      part.tokens += first;
+      part.count = count;
+      part.inter += first * args.inter_stride;
+      if (part.gate) part.gate += first * args.inter_stride;
+      if (kStagedRows > 0 && Product::kHasWide && count > kTokenBlock) {
+        const size_t row_bytes = args.hidden.row_bytes;
+        for (size_t i = 0; i < count; ++i)
+          memcpy(scratch.staged + i * row_bytes,
+                 args.hidden.data + static_cast<size_t>(part.tokens[i]) * row_bytes, row_bytes);
+        part.hidden.data = scratch.staged;
+        part.tokens = nullptr;
+      }
+      GateUpPanels<Product>(part, scratch);
+    });
   });
 }
 
 void Down(const DownArgs& args) {
-  VisitProduct(args.layout->down, args.inter,
-               [&](auto product) { DownPanels<decltype(product)>(args); });
+  const CallScratch scratch(args.scratch, args.inter.precision, args.layout->down);
+  VisitProduct(args.layout->down, args.inter, [&](auto product) {
+    ForParts(args.count, [&](size_t first, size_t count) {
+      DownArgs part = args;
+      part.inter.data += first * args.inter.row_bytes;
+      part.tokens += first;
+      part.weights += first;
+      part.count = count;
+      DownPanels<decltype(product)>(part, scratch);
+    });
+  });
 }
 
 }  // namespace

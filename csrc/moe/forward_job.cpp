@@ -140,8 +140,7 @@ void ForwardJob::PrepareHidden(size_t first, size_t last) noexcept {
 void ForwardJob::GateUp(size_t first, size_t last) noexcept {
   const ExpertLayout& e = layer_.layout_;
   const size_t panels_per_unit = e.has_gate ? 1 : 2;
-  uint8_t* unpacked =
-      ThreadScratch(UnpackScratchBytes(args_.precision, e.up, layer_.kernels_.staged_rows));
+  uint8_t* unpacked = ThreadScratch(layer_.kernels_.scratch_bytes(args_.precision, e.up));
   while (first < last) {
     const Scratch::ActiveExpert& active = scratch_->active[first / gate_up_units_];
     const size_t unit = first % gate_up_units_;
@@ -165,7 +164,7 @@ void ForwardJob::PrepareInter(size_t first, size_t last) noexcept {
 void ForwardJob::Down(size_t first, size_t last) noexcept {
   const ExpertLayout& e = layer_.layout_;
   const size_t first_panel = first * 2, last_panel = std::min(last * 2, e.down.panels);
-  uint8_t* unpacked = ThreadScratch(UnpackScratchBytes(args_.precision, e.down, 0));
+  uint8_t* unpacked = ThreadScratch(layer_.kernels_.scratch_bytes(args_.precision, e.down));
   std::memset(scratch_->out.data() + first_panel * args_.tokens * kPanel, 0,
               (last_panel - first_panel) * args_.tokens * kPanel * sizeof(float));
   for (const Scratch::ActiveExpert& active : scratch_->active) {

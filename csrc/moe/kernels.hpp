@@ -92,7 +92,7 @@ struct GateUpArgs {
   float* gate;
   size_t inter_stride;
   size_t first_panel, last_panel;
-  uint8_t* scratch;  // UnpackScratchBytes(..., Kernels::staged_rows), aligned to 64
+  uint8_t* scratch;  // Kernels::scratch_bytes(), aligned to 64
 };
 
 // out[h, tokens[i]] += weights[i] * (down[h] . inter[i] + bias), for those panels of one expert.
@@ -108,21 +108,8 @@ struct DownArgs {
   float* out;         // [panels, out_tokens, 16]
   size_t out_tokens;  // of the whole batch
   size_t first_panel, last_panel;
-  uint8_t* scratch;  // UnpackScratchBytes(..., 0), aligned to 64
+  uint8_t* scratch;  // Kernels::scratch_bytes(), aligned to 64
 };
-
-// Scratch holds two panels, unpacked once for many tokens (weights, then a float32 scale per output
-// and group), and behind them copies of `staged_rows` rows of activations.
-KT_INLINE size_t UnpackedBytes(Precision precision, const MatrixLayout& weights) {
-  return kPanel * (weights.padded_cols * (precision == Precision::kBf16 ? 2 : 1) +
-                   weights.groups * sizeof(float));
-}
-KT_INLINE size_t UnpackScratchBytes(Precision precision, const MatrixLayout& weights,
-                                    size_t staged_rows) {
-  if (precision == Precision::kFloat32) return 0;
-  return 2 * UnpackedBytes(precision, weights) +
-         staged_rows * MakeActivationRows(precision, weights, kHiddenGroup).row_bytes;
-}
 
 // The matrix that a transposed product multiplies with: inputs and outputs have changed places, and
 // `matrices` of the same shape stand side by side, so that one sum runs over the outputs of all.
@@ -211,7 +198,8 @@ struct Kernels {
   float (*activation_grad)(const ActivationGradArgs&);  // returns sum of grad * activation
   void (*gemm)(const GemmArgs&);
   void (*activate)(const Activation&, const float* gate, const float* up, float* out, size_t n);
-  size_t staged_rows;  // what gate_up wants of UnpackScratchBytes(); `down` wants none
+  // What gate_up and down want as scratch for matrices of this layout.
+  size_t (*scratch_bytes)(Precision, const MatrixLayout&);
   // Products of this precision on registers alone, many times; returns how many operations that
   // were, a multiply-add being two. And `bytes` read as that many (1, 2, 4) streams at once;
   // returns how many bytes were. For hardware/limits.hpp.

@@ -7,7 +7,7 @@ void Gemm(const GemmArgs& args) {
   for (size_t n = 0; n < args.n; n += 2 * kPanel) {
     const bool is_pair = n + kPanel < args.n;
     const size_t second = is_pair ? kPanel : 0;  // a last 16 columns meet themselves
-    ForTokenBlocks<1>(args.m, [&](size_t at, auto size) {
+    ForTokenBlocks<1, kTokenBlock>(args.m, [&](size_t at, auto size) {
       constexpr int M = decltype(size)::kValue;
       F32 sums[M][2];
       for (auto& row : sums) row[0] = row[1] = F32::Set(0.0f);

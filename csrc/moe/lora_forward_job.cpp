@@ -49,7 +49,7 @@ void LoraForwardJob::Activate(const PairGroups::Block& block) noexcept {
 
 void LoraForwardJob::Down(Range panels) noexcept {
   const ExpertLayout& e = layout();
-  uint8_t* unpacked = TrainingThreadScratch(UnpackScratchBytes(args_.precision, e.down, 0));
+  uint8_t* unpacked = TrainingThreadScratch(kernels().scratch_bytes(args_.precision, e.down));
   ClearOut(panels);
   for (const PairGroups::Active& active : pairs_.active) {
     ActivationRows rows = inter_rows_;

@@ -4,24 +4,50 @@
 namespace kt::KT_ISA {
 namespace {
 
-// How one weight format meets one precision of the activations. kUnpacks: Wide() wants the rows
-// that Unpack() writes. kInputsPerStep: of the calls of Prefetch::Step().
+// Writes a range of an unpacked panel: its scales, then its weights.
+class PanelWriter {
+ public:
+  PanelWriter(uint8_t* at, size_t groups)
+      : scales_(reinterpret_cast<float*>(at)), weights_(at + groups * kPanel * sizeof(float)) {}
+  void Put(F32 scales) { scales.Store(scales_), scales_ += kPanel; }
+  void Put(I32 row) { row.Store(weights_), weights_ += kRowBytes; }
+  UnpackedPanel Panel() const { return {weights_, scales_}; }
+
+ private:
+  float* scales_;
+  uint8_t* weights_;
+};
+
+// What two panels (or one, where `second` is null) are multiplied with.
+struct PairArgs {
+  const uint8_t *first, *second;  // packed panels
+  bool has_next;                  // the bytes behind them will be wanted next
+  const MatrixLayout* layout;
+  const ActivationRows* rows;
+  size_t count;  // at most kMaxTokens
+  uint8_t* unpacked;
+};
+
+// How one weight format meets one precision of the activations. Unpack() makes what Wide() takes of
+// a 64-byte row; where kIsDirect, Wide() takes packed rows as they lie. kWideBlock: tokens of one
+// call of Wide(), at most. kInputsPerStep: of the calls of Prefetch::Step().
 template <class Format, bool kIsGrouped, int kStep>
 struct Int8Product {
-  static constexpr bool kHasWide = true, kUnpacks = true;
+  using WeightFormat = Format;
+  static constexpr bool kHasWide = true;
+  static constexpr int kWideBlock = kTokenBlock;
   static constexpr size_t kInputsPerStep = kStep;
 
-  static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
-    ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* from) {
-      scale.Store(scales);
-      scales += kPanel;
-      const I32 offset = Format::DotOffset(zero);
-      for (size_t k = 0; k < layout.group_cols; k += Format::kValuesPerRow, from += kRowBytes) {
-        const I32 row = I32::Load(from);
-        for (int i = 0; i < Format::kDotsPerRow; ++i, to += kRowBytes)
-          Format::DotOperand(row, i, offset).Store(to);
-      }
-    });
+#ifdef KT_HAS_TILES
+  static constexpr bool kIsDirect = !kIsGrouped && Format::kIsDotOperand;
+  static constexpr size_t kBytesPerInput = kPanel;
+#else
+  static constexpr bool kIsDirect = true;
+  static constexpr size_t kBytesPerInput = kRowBytes / Format::kValuesPerRow;
+#endif
+  static void Unpack(const uint8_t* row, I32 zero, PanelWriter& to) {
+    const I32 operands = I32::Load(row), offset = Format::DotOffset(zero);
+    for (int i = 0; i < Format::kDotsPerRow; ++i) to.Put(Format::DotOperand(operands, i, offset));
   }
   template <int M>
   static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows& rows,
@@ -29,16 +55,19 @@ struct Int8Product {
     StreamInt8<Format, kStep>(panel, layout, rows, a, out);
   }
   template <int M>
-  static void Wide(const Unpacked& w, const MatrixLayout& layout, const ActivationRows& rows,
-                   const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
-    WideInt8<Format::kIsSigned, kIsGrouped, kStep>(w, layout, rows, a, prefetch, out);
+  static void Wide(const PairArgs& args, const Unpacked&, InputRange range, const uint8_t* const* a,
+                   Prefetch prefetch, PairSums* sums) {
+    // A last panel without a partner meets itself.
+    const size_t to_second = args.second ? static_cast<size_t>(args.second - args.first) : 0;
+    WideInt8<Format, kIsGrouped, kStep, M>(args.first, to_second, range, *args.layout, *args.rows,
+                                           a, prefetch, sums);
   }
 #ifdef KT_HAS_TILES
   static size_t TileInputs(const MatrixLayout&) { return kStep; }
   static size_t TileBytes(const MatrixLayout&) { return kStep; }
   static void Tiled(const Tiles& tiles, const Unpacked& w, const MatrixLayout& layout,
                     const ActivationRows& rows, const uint8_t* a, Prefetch prefetch,
-                    TileSums& sums) {
+                    PairSums* sums) {
     TiledInt8<kIsGrouped, kStep>(tiles, w, layout, rows, a, prefetch, sums);
   }
 #endif
@@ -46,19 +75,17 @@ struct Int8Product {
 
 template <class Format>
 struct Bf16Product {
-  static constexpr bool kHasWide = true, kUnpacks = !Format::kIsBf16Operand;
+  using WeightFormat = Format;
+  static constexpr bool kHasWide = true;
+  static constexpr int kWideBlock = kBf16TokenBlock;
   static constexpr size_t kInputsPerStep = 16;
 
-  static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
-    ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* from) {
-      scale.Store(scales);
-      scales += kPanel;
-      for (size_t k = 0; k < layout.group_cols; k += Format::kValuesPerRow, from += kRowBytes) {
-        const I32 row = I32::Load(from);
-        for (int i = 0; i < Format::kValuesPerRow / 2; ++i, to += kRowBytes)
-          Format::Bf16Operand(row, i, zero).Store(to);
-      }
-    });
+  static constexpr size_t kBytesPerInput = 2 * kPanel;
+  static constexpr bool kIsDirect = Format::kIsBf16Operand;
+  static void Unpack(const uint8_t* row, I32 zero, PanelWriter& to) {
+    const I32 operands = I32::Load(row);
+    for (int i = 0; i < Format::kValuesPerRow / 2; ++i)
+      to.Put(Format::Bf16Operand(operands, i, zero));
   }
   template <int M>
   static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows&,
@@ -66,9 +93,9 @@ struct Bf16Product {
     StreamBf16<Format>(panel, layout, a, out);
   }
   template <int M>
-  static void Wide(const Unpacked& w, const MatrixLayout& layout, const ActivationRows&,
-                   const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
-    WideBf16(w, layout, a, prefetch, out);
+  static void Wide(const PairArgs& args, const Unpacked& w, InputRange range,
+                   const uint8_t* const* a, Prefetch prefetch, PairSums* sums) {
+    WideBf16<M>(w, range, *args.layout, a, prefetch, sums);
   }
 #ifdef KT_HAS_TILES
   static size_t TileInputs(const MatrixLayout& layout) { return Bf16TileInputs(layout); }
@@ -80,7 +107,7 @@ struct Bf16Product {
 // The exact mode streams whatever the number of tokens.
 template <class Format>
 struct F32Product {
-  static constexpr bool kHasWide = false, kUnpacks = false;
+  static constexpr bool kHasWide = false;
   static constexpr size_t kInputsPerStep = 1;
 
   template <int M>
@@ -127,111 +154,206 @@ inline void WithSize(size_t size, const Body& body) {
   body(Size<M>{});
 }
 
-// Calls body(first token, Size<M>) over 0..count-1, in blocks as even as can be. kMin: the fewest
-// tokens a block then can have.
-template <int kMin, class Body>
+// Calls body(first token, Size<M>) over 0..count-1, in blocks of at most kMax, as even as can be.
+// kMin: the fewest tokens a block then can have.
+template <int kMin, int kMax, class Body>
 inline void ForTokenBlocks(size_t count, const Body& body) {
-  for (size_t blocks = (count + kTokenBlock - 1) / kTokenBlock, first = 0; blocks > 0; --blocks) {
+  for (size_t blocks = (count + kMax - 1) / kMax, first = 0; blocks > 0; --blocks) {
     const size_t size = (count - first + blocks - 1) / blocks;
-    WithSize<kMin, kTokenBlock>(size, [&](auto m) { body(first, m); });
+    WithSize<kMin, kMax>(size, [&](auto m) { body(first, m); });
     first += size;
   }
 }
 
-// What two panels (or one, where `second` is null) are multiplied with.
-struct PairArgs {
-  const uint8_t *first, *second;  // packed panels
-  bool has_next;                  // the bytes behind them will be wanted next
-  const MatrixLayout* layout;
-  const ActivationRows* rows;
-  size_t count;
-  uint8_t* scratch;
-};
+// Tokens of one call of MultiplyPair(), at most: their activations stay in the L2 cache while the
+// panels of a call pass by, their sums in the L1 cache.
+constexpr size_t kMaxTokens = 128;
+
+// Two panels of so many bytes, as Wide() takes them, stay in the L1 cache with all else that meets
+// them there. AMX takes all inputs at once.
+#ifdef KT_HAS_TILES
+constexpr size_t kRangeBytes = SIZE_MAX;
+#else
+constexpr size_t kRangeBytes = 24 << 10;
+#endif
+
+// Inputs of one range: no block of groups is cut, nor are kColumnPad inputs.
+inline size_t RangeInputs(const MatrixLayout& m, size_t bytes_per_input) {
+  const size_t block = m.groups == 1 ? 0 : m.block_groups * m.group_cols;
+  const size_t unit = block > kColumnPad ? block : kColumnPad;
+  const size_t ranges = (m.padded_cols * 2 * bytes_per_input - 1) / kRangeBytes + 1;
+  const size_t inputs = RoundUp((m.padded_cols + ranges - 1) / ranges, unit);
+  return inputs < m.padded_cols ? inputs : m.padded_cols;
+}
+
+inline size_t UnpackedBytes(size_t inputs, size_t groups, size_t bytes_per_input) {
+  return groups * kPanel * sizeof(float) + inputs * bytes_per_input;
+}
 
 template <class Product>
-inline Unpacked UnpackPair(const PairArgs& args) {
-  // A last panel without a partner meets itself.
-  const uint8_t* panels[2] = {args.first, args.second ? args.second : args.first};
-  Unpacked w{{panels[0], panels[1]}, {nullptr, nullptr}};
-  if constexpr (Product::kUnpacks) {
-    const size_t bytes = UnpackedBytes(args.rows->precision, *args.layout);
-    for (int n = 0; n < 2; ++n) {
-      float* scales = reinterpret_cast<float*>(args.scratch + static_cast<size_t>(n) * bytes);
-      uint8_t* weights = reinterpret_cast<uint8_t*>(scales + args.layout->groups * kPanel);
-      if (n == 0 || args.second) Product::Unpack(panels[n], *args.layout, weights, scales);
-      else weights = const_cast<uint8_t*>(w.weights[0]), scales = const_cast<float*>(w.scales[0]);
-      w.weights[n] = weights, w.scales[n] = scales;
-    }
+inline UnpackedPanel UnpackPanel(const uint8_t* panel, const MatrixLayout& m, InputRange range,
+                                 uint8_t* scratch) {
+  if constexpr (Product::kIsDirect)
+    return {panel + m.Weights(0) + range.first * Product::kBytesPerInput, nullptr};
+  using Format = typename Product::WeightFormat;
+  const auto unpack_rows = [](const uint8_t* row, I32 zero, size_t inputs, PanelWriter& to) {
+    for (size_t k = 0; k < inputs; k += Format::kValuesPerRow, row += kRowBytes)
+      Product::Unpack(row, zero, to);
+  };
+  if (m.groups == 1) {
+    PanelWriter to(scratch, 0);
+    const UnpackedPanel unpacked{to.Panel().weights, nullptr};
+    const I32 zero = Format::kHasZeroPoint ? I32::LoadU8(panel + m.Zeros(0)) : I32::Set(0);
+    unpack_rows(panel + m.Weights(0) + range.first / Format::kValuesPerRow * kRowBytes, zero,
+                range.last - range.first, to);
+    return unpacked;
   }
-  return w;
+  const size_t first = range.first / m.group_cols, last = range.last / m.group_cols;
+  PanelWriter to(scratch, last - first);
+  const UnpackedPanel unpacked = to.Panel();
+  ForGroups<Format>(panel, m, first, last, [&](F32 scale, I32 zero, const uint8_t* weights) {
+    to.Put(scale);
+    unpack_rows(weights, zero, m.group_cols, to);
+  });
+  return unpacked;
+}
+
+template <class Product>
+inline Unpacked UnpackPair(const PairArgs& args, InputRange range) {
+  const MatrixLayout& m = *args.layout;
+  const UnpackedPanel first = UnpackPanel<Product>(args.first, m, range, args.unpacked);
+  if (args.second == nullptr) return {{first, first}};  // a last panel meets itself
+  const size_t inputs = range.last - range.first, groups = inputs / m.group_cols;
+  uint8_t* behind = args.unpacked + UnpackedBytes(inputs, groups, Product::kBytesPerInput);
+  return {{first, UnpackPanel<Product>(args.second, m, range, behind)}};
+}
+
+// Wide products leave a scale that all inputs share to the end.
+template <class Format>
+inline void ScaleSums(const PairArgs& args, PairSums* sums) {
+  const MatrixLayout& m = *args.layout;
+  if (!Format::kHasScale || m.groups > 1) return;
+  for (int n = 0; n < 2; ++n) {
+    const uint8_t* panel = n == 0 ? args.first : args.second;
+    if (panel == nullptr) return;
+    ForGroups<Format>(panel, m, 0, 1, [&](F32 scale, I32, const uint8_t*) {
+      for (size_t i = 0; i < args.count; ++i)
+        Mul(F32::Load(sums[i][n]), scale).Store(sums[i][n]);
+    });
+  }
 }
 
 // The two panels behind these, spread over `steps` steps.
 inline Prefetch PrefetchNext(const PairArgs& args, size_t steps) {
   const size_t bytes = 2 * args.layout->panel_bytes;
-  return {args.first + bytes, args.has_next ? bytes / kRowBytes / steps + 1 : 0};
+  const uint8_t* next = args.first + bytes;
+  return {next, next + (args.has_next ? bytes : 0), bytes / kRowBytes / steps + 1};
 }
 
 #ifdef KT_HAS_TILES
 // Rows of activations lie one after another here: GateUp() sees to it, and Down()'s always do.
-template <class Product, class Row, class Consume>
-inline void MultiplyWide(const PairArgs& args, const Row& row, const Consume& consume) {
-  const Unpacked w = UnpackPair<Product>(args);
+template <class Product, class Row>
+inline void MultiplyWide(const PairArgs& args, const Row& row, PairSums* sums) {
+  const Unpacked w = UnpackPair<Product>(args, {0, args.layout->padded_cols});
   const size_t blocks = (args.count + kTileTokens - 1) / kTileTokens;
   const size_t steps = args.layout->padded_cols / Product::TileInputs(*args.layout);
   Prefetch prefetch = PrefetchNext(args, blocks * steps);
   // All blocks have this many tokens, so that tiles are shaped once. The last one begins within the
-  // block before it, whose products are not consumed twice.
+  // block before it and computes some sums again.
   const Tiles tiles((args.count + blocks - 1) / blocks, Product::TileBytes(*args.layout));
-  alignas(64) TileSums sums;
-  for (size_t next = 0; next < args.count;) {
+  for (size_t next = 0; next < args.count; next += tiles.tokens()) {
     const size_t last = args.count - tiles.tokens(), first = next < last ? next : last;
-    Product::Tiled(tiles, w, *args.layout, *args.rows, row(first), prefetch, sums);
+    Product::Tiled(tiles, w, *args.layout, *args.rows, row(first), prefetch, sums + first);
     prefetch.at += prefetch.lines_per_step * kRowBytes * steps;
-    for (; next < first + tiles.tokens(); ++next) {
-      F32 left[1] = {F32::Load(sums[next - first][0])};
-      F32 right[1] = {F32::Load(sums[next - first][1])};
-      consume(next, Size<1>{}, left, right);
-    }
   }
 }
 #else
-template <class Product, class Row, class Consume>
-inline void MultiplyWide(const PairArgs& args, const Row& row, const Consume& consume) {
-  const Unpacked w = UnpackPair<Product>(args);
-  const size_t steps = args.layout->padded_cols / Product::kInputsPerStep;
-  const size_t passes = (args.count + kTokenBlock - 1) / kTokenBlock;
-  Prefetch prefetch = PrefetchNext(args, passes * steps);
-  ForTokenBlocks<(kTokenBlock + 1) / 2>(args.count, [&](size_t first, auto size) {
-    constexpr int M = decltype(size)::kValue;
-    const uint8_t* a[M];
-    for (int m = 0; m < M; ++m) a[m] = row(first + static_cast<size_t>(m));
-    F32 both[M][2], left[M], right[M];
-    Product::Wide(w, *args.layout, *args.rows, a, prefetch, both);
-    prefetch.at += prefetch.lines_per_step * kRowBytes * steps;
-    for (int m = 0; m < M; ++m) left[m] = both[m][0], right[m] = both[m][1];
-    consume(first, size, left, right);
-  });
+template <class Product, class Row>
+inline void MultiplyWide(const PairArgs& args, const Row& row, PairSums* sums) {
+  constexpr int kMax = Product::kWideBlock;
+  const MatrixLayout& m = *args.layout;
+  const size_t passes = (args.count + kMax - 1) / kMax;
+  Prefetch prefetch = PrefetchNext(args, passes * (m.padded_cols / Product::kInputsPerStep));
+  memset(sums, 0, args.count * sizeof *sums);
+  const size_t inputs = RangeInputs(m, Product::kBytesPerInput);
+  for (InputRange range{0, inputs}; range.first < m.padded_cols;
+       range = {range.last, range.last + inputs}) {
+    if (range.last > m.padded_cols) range.last = m.padded_cols;
+    const Unpacked w = UnpackPair<Product>(args, range);
+    const size_t prefetched = prefetch.lines_per_step * kRowBytes *
+                              ((range.last - range.first) / Product::kInputsPerStep);
+    ForTokenBlocks<(kMax + 1) / 2, kMax>(args.count, [&](size_t first, auto size) {
+      constexpr int M = decltype(size)::kValue;
+      const uint8_t* a[M];
+      for (int i = 0; i < M; ++i) a[i] = row(first + static_cast<size_t>(i));
+      Product::template Wide<M>(args, w, range, a, prefetch, sums + first);
+      prefetch.at += prefetched;
+    });
+  }
 }
 #endif
 
-// Calls consume(first token, Size<M>, F32 (&)[M], F32 (&)[M]) with the products of both panels.
-// `row(i)` is where the i-th token's activations are.
-template <class Product, class Row, class Consume>
-inline void MultiplyPair(const PairArgs& args, const Row& row, const Consume& consume) {
+// sums[i] = the i-th token's activations, which are at row(i), times both panels. What stands for
+// a second panel that is not there is undefined.
+template <class Product, class Row>
+inline void MultiplyPair(const PairArgs& args, const Row& row, PairSums* sums) {
   if constexpr (Product::kHasWide)
-    if (args.count > kTokenBlock) return MultiplyWide<Product>(args, row, consume);
-  ForTokenBlocks<1>(args.count, [&](size_t first, auto size) {
+    if (args.count > kTokenBlock) {
+      MultiplyWide<Product>(args, row, sums);
+      return ScaleSums<typename Product::WeightFormat>(args, sums);
+    }
+  ForTokenBlocks<1, kTokenBlock>(args.count, [&](size_t first, auto size) {
     constexpr int M = decltype(size)::kValue;
     const uint8_t* a[M];
     for (int m = 0; m < M; ++m) a[m] = row(first + static_cast<size_t>(m));
-    F32 left[M], right[M];
-    Product::Stream(args.first, *args.layout, *args.rows, a, left);
-    if (args.second) Product::Stream(args.second, *args.layout, *args.rows, a, right);
-    else
-      for (int m = 0; m < M; ++m) right[m] = left[m];
-    consume(first, size, left, right);
+    for (int n = 0; n < 2; ++n) {
+      const uint8_t* panel = n == 0 ? args.first : args.second;
+      if (panel == nullptr) return;
+      F32 products[M];
+      Product::Stream(panel, *args.layout, *args.rows, a, products);
+      for (int m = 0; m < M; ++m) products[m].Store(sums[first + static_cast<size_t>(m)][n]);
+    }
   });
+}
+
+// Scratch of a call: the sums of kMaxTokens tokens, two unpacked panels, and copies of
+// kStagedRows rows of activations. Tiles are loaded with one stride from row to row: they want the
+// rows of gate and up one after another, those of down are. Each copy serves all panels of a call.
+#ifdef KT_HAS_TILES
+constexpr size_t kStagedRows = kMaxTokens;
+#else
+constexpr size_t kStagedRows = 0;
+#endif
+
+inline size_t UnpackedPairBytes(Precision precision, const MatrixLayout& m) {
+  if (precision == Precision::kFloat32) return 0;
+  const size_t bytes_per_input = precision == Precision::kBf16 ? 2 * kPanel : kPanel;
+  const size_t inputs = RangeInputs(m, bytes_per_input);
+  return 2 * UnpackedBytes(inputs, inputs / m.group_cols + 1, bytes_per_input);
+}
+
+struct CallScratch {
+  CallScratch(uint8_t* at, Precision precision, const MatrixLayout& m)
+      : sums(reinterpret_cast<PairSums*>(at)),
+        unpacked(at + kMaxTokens * sizeof(PairSums)),
+        staged(unpacked + UnpackedPairBytes(precision, m)) {}
+  PairSums* sums;
+  uint8_t *unpacked, *staged;
+};
+
+size_t ScratchBytes(Precision precision, const MatrixLayout& m) {
+  return kMaxTokens * sizeof(PairSums) + UnpackedPairBytes(precision, m) +
+         kStagedRows * MakeActivationRows(precision, m, kHiddenGroup).row_bytes;
+}
+
+// Calls body(first, count) over 0..count-1, in parts of at most kMaxTokens, as even as can be.
+template <class Body>
+inline void ForParts(size_t count, const Body& body) {
+  for (size_t parts = (count + kMaxTokens - 1) / kMaxTokens, first = 0; parts > 0; --parts) {
+    const size_t size = (count - first + parts - 1) / parts;
+    body(first, size);
+    first += size;
+  }
 }
 
 }  // namespace

@@ -24,10 +24,12 @@ inline void LoadInputs(const PrepareArgs& args, size_t row, size_t first, size_t
   }
 }
 
-// values = round(x / scale), scale = max|x| / 127, over one group, a multiple of 16.
-inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale) {
+// values = round(x / scale), scale = max|x| / 127, over one group, a multiple of 16. corrections: one
+// for each `step` of them, `zero` times their sum.
+inline void QuantizeGroup(const float* x, const ActivationRows& rows, int32_t zero, int8_t* values,
+                          float* scale, int32_t* corrections) {
   F32 peak = F32::Set(0.0f), poison = F32::Set(0.0f);
-  for (size_t i = 0; i < n; i += 16) {
+  for (size_t i = 0; i < rows.group; i += 16) {
     const F32 v = F32::Load(x + i);
     peak = Max(Abs(v), peak);
     poison = MulAdd(v, F32::Set(0.0f), poison);  // NaN if any input is NaN or infinite
@@ -36,10 +38,16 @@ inline void QuantizeGroup(const float* x, size_t n, int8_t* values, float* scale
   // 127 / largest overflows for the smallest numbers: such a group counts as zero.
   const bool is_zero = !(largest >= 1e-35f);
   const F32 inverse = F32::Set(is_zero ? 0.0f : 127.0f / largest);
-  for (size_t i = 0; i < n; i += 16) {
-    // In this order of operands NaN becomes 127: it has no integer, and `poison` carries it.
-    const F32 v = Mul(F32::Load(x + i), inverse);
-    ToI32(Max(F32::Set(-127.0f), Min(v, F32::Set(127.0f)))).StoreI8(values + i);
+  for (size_t i = 0; i < rows.group;) {
+    I32 sum = I32::Set(0);
+    for (const size_t end = i + rows.step; i < end; i += 16) {
+      // In this order of operands NaN becomes 127: it has no integer, and `poison` carries it.
+      const F32 v = Mul(F32::Load(x + i), inverse);
+      const I32 rounded = ToI32(Max(F32::Set(-127.0f), Min(v, F32::Set(127.0f))));
+      rounded.StoreI8(values + i);
+      sum = Add(sum, rounded);
+    }
+    *corrections++ = -zero * ReduceAdd(sum);
   }
   *scale = (is_zero ? 0.0f : largest / 127.0f) + ReduceAdd(poison);
 }
@@ -73,13 +81,9 @@ void Prepare(const PrepareArgs& args) {
         for (size_t i = 0; i < rows.group; ++i) values[i] = ToBf16(block[i]);
         continue;
       }
-      int8_t* values = reinterpret_cast<int8_t*>(row) + first;
-      QuantizeGroup(block, rows.group, values, scales++);
-      for (const int8_t* end = values + rows.group; values < end; values += rows.step) {
-        int32_t sum = 0;
-        for (size_t i = 0; i < rows.step; ++i) sum += values[i];
-        *corrections++ = -zero * sum;
-      }
+      QuantizeGroup(block, rows, zero, reinterpret_cast<int8_t*>(row) + first, scales++,
+                    corrections);
+      corrections += rows.group / rows.step;
     }
   }
 }

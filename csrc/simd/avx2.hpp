@@ -15,6 +15,7 @@ namespace kt::KT_ISA {
 namespace {
 
 constexpr int kTokenBlock = 3;
+constexpr int kBf16TokenBlock = 3;
 #ifdef KT_HAS_VNNI256
 constexpr int kInt8Offset = 128;  // vpdpbusd multiplies unsigned by signed: weights become w + 128
 #else

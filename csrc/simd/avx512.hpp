@@ -11,6 +11,9 @@ namespace {
 
 // 12 sums, 12 dot products under way, 2 rows of weights: 26 of 32 registers.
 constexpr int kTokenBlock = 6;
+// Sums of bfloat16 are finished only at the end of a group. Two units with a latency of 6 cycles
+// want more than 12 of them (Zen 5).
+constexpr int kBf16TokenBlock = 8;
 #ifdef __AVX512VNNI__
 constexpr int kInt8Offset = 128;  // vpdpbusd multiplies unsigned by signed: weights become w + 128
 #else

@@ -9,7 +9,8 @@
 namespace kt::KT_ISA {
 namespace {
 
-constexpr int kTokenBlock = 2;  // tokens that share one pass over a panel
+constexpr int kTokenBlock = 2;      // tokens that share one pass over a panel
+constexpr int kBf16TokenBlock = 2;  // the same, many tokens in bfloat16
 constexpr int kInt8Offset = 0;  // DotI8 multiplies by (weight + kInt8Offset)
 
 struct I32;

@@ -103,18 +103,11 @@ class Tiles {
   size_t first_, second_;  // tokens in the upper and the lower tiles
 };
 
-using TileSums = float[kTileTokens][2][kPanel];
-
-inline void ClearSums(size_t tokens, TileSums& sums) {
-  for (size_t m = 0; m < tokens; ++m)
-    for (float* of_panel : sums[m]) F32::Set(0.0f).Store(of_panel);
-}
-
-// sums[m][n] = what WideInt8 makes of the rows a + m * rows.row_bytes.
+// sums[m][n] = what WideInt8 adds for the rows a + m * rows.row_bytes.
 template <bool kIsGrouped, int kStep>
 inline void TiledInt8(const Tiles& tiles, const Unpacked& w, const MatrixLayout& layout,
                       const ActivationRows& rows, const uint8_t* a, Prefetch prefetch,
-                      TileSums& sums) {
+                      PairSums* sums) {
   static_assert(kInt8Offset == 128, "weights must be unsigned: TDPBSUD");
   const size_t steps = rows.padded_cols / kStep;
   const int scale_shift = __builtin_ctzll(rows.group / kStep);
@@ -123,14 +116,14 @@ inline void TiledInt8(const Tiles& tiles, const Unpacked& w, const MatrixLayout&
   const auto multiply = [&](size_t s) {
     const size_t k = s * kStep;
     tiles.Zero();
-    tiles.MultiplyAdd<true>(a + k, rows.row_bytes, w.weights[0] + k * kPanel,
-                            w.weights[1] + k * kPanel);
+    tiles.MultiplyAdd<true>(a + k, rows.row_bytes, w.panels[0].weights + k * kPanel,
+                            w.panels[1].weights + k * kPanel);
     tiles.Store(dots[s % 2]);
   };
   const auto fold = [&](size_t s) {
     F32 scales[2];
     for (int n = 0; kIsGrouped && n < 2; ++n)
-      scales[n] = F32::Load(w.scales[n] + (s >> group_shift) * kPanel);
+      scales[n] = F32::Load(w.panels[n].scales + (s >> group_shift) * kPanel);
     const uint8_t* row = a;
     for (size_t m = 0; m < tiles.tokens(); ++m, row += rows.row_bytes) {
       const F32 a_scale =
@@ -144,7 +137,7 @@ inline void TiledInt8(const Tiles& tiles, const Unpacked& w, const MatrixLayout&
       }
     }
   };
-  ClearSums(tiles.tokens(), sums);
+  memset(sums, 0, tiles.tokens() * sizeof *sums);
   KT_TILE_FENCE();  // the weights have just been unpacked
   multiply(0);
   // One step ahead: the tiles multiply while the lanes take in the step before.
@@ -152,11 +145,6 @@ inline void TiledInt8(const Tiles& tiles, const Unpacked& w, const MatrixLayout&
     prefetch.Step();
     if (s + 1 < steps) multiply(s + 1);
     fold(s);
-  }
-  if (kIsGrouped) return;
-  for (int n = 0; n < 2; ++n) {
-    const F32 scale = F32::Load(w.scales[n]);
-    for (size_t m = 0; m < tiles.tokens(); ++m) Mul(F32::Load(sums[m][n]), scale).Store(sums[m][n]);
   }
 }
 
@@ -168,22 +156,23 @@ inline size_t Bf16TileInputs(const MatrixLayout& layout) {
 // sums[m][n] = sum over groups of scale * dot, each dot in the tiles from end to end.
 inline void TiledBf16(const Tiles& tiles, const Unpacked& w, const MatrixLayout& layout,
                       const ActivationRows& rows, const uint8_t* a, Prefetch prefetch,
-                      TileSums& sums) {
+                      PairSums* sums) {
   const size_t inputs = Bf16TileInputs(layout);
   alignas(64) float dots[kTileTokens][2][kPanel];
-  ClearSums(tiles.tokens(), sums);
+  memset(sums, 0, tiles.tokens() * sizeof *sums);
   KT_TILE_FENCE();  // the weights have just been unpacked
   size_t k = 0;
   for (size_t g = 0; g < layout.groups; ++g) {
     tiles.Zero();
     for (const size_t end = k + layout.group_cols; k < end; k += inputs) {
       prefetch.Step();
-      tiles.MultiplyAdd<false>(a + 2 * k, rows.row_bytes, w.weights[0] + k * kRowBytes / 2,
-                               w.weights[1] + k * kRowBytes / 2);
+      tiles.MultiplyAdd<false>(a + 2 * k, rows.row_bytes, w.panels[0].weights + k * kRowBytes / 2,
+                               w.panels[1].weights + k * kRowBytes / 2);
     }
     tiles.Store(dots);
     for (int n = 0; n < 2; ++n) {
-      const F32 scale = w.scales[n] ? F32::Load(w.scales[n] + g * kPanel) : F32::Set(1.0f);
+      const float* scales = w.panels[n].scales;
+      const F32 scale = scales ? F32::Load(scales + g * kPanel) : F32::Set(1.0f);
       for (size_t m = 0; m < tiles.tokens(); ++m)
         MulAdd(F32::Load(dots[m][n]), scale, F32::Load(sums[m][n])).Store(sums[m][n]);
     }

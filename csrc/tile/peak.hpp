@@ -3,9 +3,9 @@
 namespace kt::KT_ISA {
 namespace {
 
-// As many sums as tile/wide.hpp has: enough to hide an instruction's latency, and they stay in
-// registers.
-constexpr int kPeakSums = 2 * kTokenBlock;
+// As many sums as tile/wide.hpp has at most: enough to hide an instruction's latency, and they stay
+// in registers.
+constexpr int kPeakSums = 2 * kBf16TokenBlock;
 
 template <class Sum, class Operand, class Product>
 inline void RepeatProduct(size_t repetitions, Operand operand, const Product& product) {

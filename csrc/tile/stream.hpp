@@ -23,23 +23,44 @@ inline F32 LoadScales(const uint8_t* scales, ScaleType type) {
   return AsF32(Add(Shl(byte, 20), I32::Set(117 << 23)));  // e5m3: see format/layout.hpp
 }
 
-// Calls body(scales, zeros, weights) for each group of a packed panel, in the order of the bytes.
+// Where a group of a packed panel lies.
+struct GroupAt {
+  const uint8_t *scales, *zeros, *weights;
+};
+
+// Calls body(GroupAt) for groups first..last-1 of a packed panel, in the order of the bytes. The
+// first one must begin a block.
+template <class Body>
+inline void ForGroupsAt(const uint8_t* panel, const MatrixLayout& m, size_t first, size_t last,
+                        const Body& body) {
+  panel += m.Block(first);
+  for (; first < last; first += m.block_groups) {
+    const size_t end = first + m.block_groups < last ? first + m.block_groups : last;
+    GroupAt at{panel, panel + m.zero_offset, panel + m.header_bytes};
+    for (size_t g = first; g < end; ++g) {
+      body(at);
+      at.scales += m.scale_bytes, at.zeros += kPanel, at.weights += m.group_bytes;
+    }
+    panel = at.weights;
+  }
+}
+
+template <class Format>
+inline I32 LoadZeros(const uint8_t* zeros) {
+  return Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0);
+}
+
+// The same as body(scales, zeros, weights).
 template <class Format, class Body>
-inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, const Body& body) {
+inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, size_t first, size_t last,
+                      const Body& body) {
   F32 output_scales = F32::Set(1.0f);
   if (m.front_bytes) output_scales = F32::Load(reinterpret_cast<const float*>(panel));
-  panel += m.front_bytes;
-  for (size_t first = 0; first < m.groups; first += m.block_groups) {
-    const size_t end = first + m.block_groups < m.groups ? first + m.block_groups : m.groups;
-    const uint8_t *scales = panel, *zeros = panel + m.zero_offset;
-    panel += m.header_bytes;
-    for (size_t g = first; g < end; ++g) {
-      F32 scale = LoadScales<Format>(scales, m.scale);
-      if (m.front_bytes) scale = Mul(scale, output_scales);
-      body(scale, Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0), panel);
-      scales += m.scale_bytes, zeros += kPanel, panel += m.group_bytes;
-    }
-  }
+  ForGroupsAt(panel, m, first, last, [&](GroupAt at) {
+    F32 scale = LoadScales<Format>(at.scales, m.scale);
+    if (m.front_bytes) scale = Mul(scale, output_scales);
+    body(scale, LoadZeros<Format>(at.zeros), at.weights);
+  });
 }
 
 // Few sums in flight would wait for each other: such a block has two of each.
@@ -58,7 +79,7 @@ inline void StreamInt8(const uint8_t* panel, const MatrixLayout& layout, const A
   F32 sums[M];  // not `out`: the compiler would store it in every step
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t s = 0;
-  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* weights) {
+  ForGroups<Format>(panel, layout, 0, layout.groups, [&](F32 scale, I32 zero, const uint8_t* weights) {
     const I32 offset = Format::DotOffset(zero);
     F32 group_sums[M];
     for (F32& sum : group_sums) sum = F32::Set(0.0f);
@@ -101,7 +122,7 @@ inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const u
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t k = 0;
-  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* weights) {
+  ForGroups<Format>(panel, layout, 0, layout.groups, [&](F32 scale, I32 zero, const uint8_t* weights) {
     F32 acc[C][M];
     for (auto& chain : acc)
       for (F32& sum : chain) sum = F32::Set(0.0f);
@@ -129,7 +150,7 @@ inline void StreamF32(const uint8_t* panel, const MatrixLayout& layout, const ui
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t k = 0;
-  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zeros, const uint8_t* weights) {
+  ForGroups<Format>(panel, layout, 0, layout.groups, [&](F32 scale, I32 zeros, const uint8_t* weights) {
     const F32 zero = ToF32(zeros);
     for (const size_t end = k + layout.group_cols; k < end; weights += kRowBytes) {
       const I32 row = I32::Load(weights);

@@ -63,7 +63,7 @@ inline void TransposeToF32(const uint8_t* panel, const InputBlock& at, const Mat
 // out[m][n] = sum over k of w[n][k] * a[m][k], in float32. The weights are rows of 16 lanes.
 template <int M>
 inline void WideF32(const float* const (&w)[2], size_t length, const float* const* a,
-                    F32 (&out)[M][2]) {
+                    PairSums* out) {
   F32 sums[M][2];
   for (auto& token : sums) token[0] = token[1] = F32::Set(0.0f);
   for (size_t k = 0; k < length; ++k) {
@@ -74,8 +74,7 @@ inline void WideF32(const float* const (&w)[2], size_t length, const float* cons
       sums[m][1] = MulAdd(right, x, sums[m][1]);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < 2; ++n) out[m][n] = sums[m][n];
+  StoreSums(sums, out);
 }
 
 }  // namespace

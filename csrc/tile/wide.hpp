@@ -1,96 +1,163 @@
-// Many tokens times two panels that were unpacked before: M * 2 sums stay in registers, a row of
-// weights is loaded once for M tokens. What is unpacked looks the same whatever the weight format.
+// Many tokens times two panels: M * 2 sums stay in registers, a row of weights is loaded once for M
+// tokens. What bfloat16 activations meet was unpacked before, and then looks the same whatever the
+// weight format.
 namespace kt::KT_ISA {
 namespace {
 
-// Two panels of dot operands: 64-byte rows of 16 outputs x 4 int8 or 2 bfloat16.
+// Inputs first..last-1. Wide products take the inputs of two panels range by range, so that the
+// unpacked weights of a range stay in the L1 cache while all tokens meet them.
+struct InputRange {
+  size_t first, last;
+};
+
+// A panel of dot operands: 64-byte rows of 16 outputs x 4 int8 or 2 bfloat16, of one range.
+struct UnpackedPanel {
+  const uint8_t* weights;
+  const float* scales;  // [groups][16]; null where all inputs share one
+};
 struct Unpacked {
-  const uint8_t* weights[2];
-  const float* scales[2];  // [groups][16]; null: they are all 1
+  UnpackedPanel panels[2];
 };
 
 // Bytes that will be wanted soon. A pass over the weights asks for a few lines in every step: all
 // at once they would fill the load queue, and the dot products would wait.
 struct Prefetch {
-  const uint8_t* at;
+  const uint8_t *at, *end;
   size_t lines_per_step;
 
   void Step() {
-    for (size_t i = 0; i < lines_per_step; ++i, at += kRowBytes) __builtin_prefetch(at, 0, 2);
+    for (size_t i = 0; i < lines_per_step && at < end; ++i, at += kRowBytes)
+      __builtin_prefetch(at, 0, 2);
   }
 };
 
-// out[m][n] = sum over steps of scale * a_scale * dot, the dots in int32.
-template <bool kIsSigned, bool kIsGrouped, int kStep, int M>
-inline void WideInt8(const Unpacked& w, const MatrixLayout& layout, const ActivationRows& rows,
-                     const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
-  constexpr int kRows = kStep / 4;
-  const size_t steps = rows.padded_cols / kStep;
-  const int scale_shift = __builtin_ctzll(rows.group / kStep);
-  const int group_shift = kIsGrouped ? __builtin_ctzll(layout.group / kStep) : 0;
-  F32 sums[M][2];  // not `out`: the compiler would store it in every step
-  for (auto& token : sums) token[0] = token[1] = F32::Set(0.0f);
-  for (size_t s = 0; s < steps; ++s) {
-    I32 acc[M][2];
-    for (int m = 0; m < M; ++m)
-      acc[m][0] = acc[m][1] =
-          I32::Set(reinterpret_cast<const int32_t*>(a[m] + rows.correction_offset)[s]);
-    prefetch.Step();
+// sums[m][n] += the products of a range, for M tokens and two panels.
+using PairSums = float[2][kPanel];
+
+template <int M>
+inline void LoadSums(const PairSums* from, F32 (&sums)[M][2]) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const size_t k = s * kStep + static_cast<size_t>(4 * r);
-      const I32 left = I32::Load(w.weights[0] + k * kPanel);
-      const I32 right = I32::Load(w.weights[1] + k * kPanel);
-      for (int m = 0; m < M; ++m) {
-        acc[m][0] = Dot<kIsSigned>(acc[m][0], left, a[m] + k);
-        acc[m][1] = Dot<kIsSigned>(acc[m][1], right, a[m] + k);
-      }
-    }
-    const size_t at = (s >> group_shift) * kPanel;
-    for (int m = 0; m < M; ++m) {
-      const F32 a_scale =
-          F32::Set(reinterpret_cast<const float*>(a[m] + rows.scale_offset)[s >> scale_shift]);
-      for (int n = 0; n < 2; ++n) {
-        // One scale for all inputs is applied once, below.
-        const F32 scale = kIsGrouped ? Mul(F32::Load(w.scales[n] + at), a_scale) : a_scale;
-        sums[m][n] = MulAdd(ToF32(acc[m][n]), scale, sums[m][n]);
-      }
-    }
-  }
-  for (int n = 0; n < 2; ++n)
-    for (int m = 0; m < M; ++m)
-      out[m][n] = kIsGrouped ? sums[m][n] : Mul(sums[m][n], F32::Load(w.scales[n]));
+  for (int m = 0; m < M; ++m) sums[m][0] = F32::Load(from[m][0]), sums[m][1] = F32::Load(from[m][1]);
+}
+template <int M>
+inline void StoreSums(const F32 (&sums)[M][2], PairSums* to) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sums[m][0].Store(to[m][0]), sums[m][1].Store(to[m][1]);
 }
 
-// out[m][n] = sum over groups of scale * dot, the products of bfloat16 summed in float32.
+// The packed rows of one group of both panels, or a range of them, and what belongs to them.
+struct PairOfRows {
+  const uint8_t* rows[2];
+  F32 scales[2];
+  I32 zeros[2];
+};
+
+// Calls body(PairOfRows, inputs) for the groups of a range of two panels, the second of which begins
+// `to_second` bytes behind the first. Where all inputs are one group, once, and without its scales.
+template <class Format, bool kIsGrouped, class Body>
+inline void ForPairGroups(const uint8_t* panel, size_t to_second, InputRange range,
+                          const MatrixLayout& m, const Body& body) {
+  const auto call = [&](GroupAt at, size_t inputs) {
+    PairOfRows pair;
+    for (size_t n = 0; n < 2; ++n) {
+      pair.rows[n] = at.weights + n * to_second;
+      pair.zeros[n] = LoadZeros<Format>(at.zeros + n * to_second);
+      if (kIsGrouped) pair.scales[n] = LoadScales<Format>(at.scales + n * to_second, m.scale);
+    }
+    body(pair, inputs);
+  };
+  if constexpr (kIsGrouped)
+    ForGroupsAt(panel, m, range.first / m.group, range.last / m.group,
+                [&](GroupAt at) { call(at, m.group); });
+  else
+    ForGroupsAt(panel, m, 0, 1, [&](GroupAt at) {
+      at.weights += range.first / Format::kValuesPerRow * kRowBytes;
+      call(at, range.last - range.first);
+    });
+}
+
+// Adds, over the steps of the range, scale * a_scale * dot, the dots in int32. Packed rows become
+// operands on the way: the few instructions for that run beside the dot products, and weights that
+// were unpacked before would have to be stored and take more room in the L1 cache. A scale that all
+// inputs share is left to the caller, here and below.
+template <class Format, bool kIsGrouped, int kStep, int M>
+[[gnu::noinline]] void WideInt8(const uint8_t* panel, size_t to_second, InputRange range,
+                                const MatrixLayout& layout, const ActivationRows& rows,
+                                const uint8_t* const* a, Prefetch prefetch, PairSums* out) {
+  constexpr int kRows = kStep / Format::kValuesPerRow;
+  const int scale_shift = __builtin_ctzll(rows.group / kStep);
+  size_t s = range.first / kStep;
+  F32 sums[M][2];  // not `out`: the compiler would store it in every step
+  LoadSums(out, sums);
+  ForPairGroups<Format, kIsGrouped>(panel, to_second, range, layout, [&](PairOfRows p, size_t n) {
+    const I32 offsets[2] = {Format::DotOffset(p.zeros[0]), Format::DotOffset(p.zeros[1])};
+    for (const size_t end = s + n / kStep; s < end; ++s) {
+      I32 acc[M][2];
+      for (int m = 0; m < M; ++m)
+        acc[m][0] = acc[m][1] =
+            I32::Set(reinterpret_cast<const int32_t*>(a[m] + rows.correction_offset)[s]);
+      prefetch.Step();
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r, p.rows[0] += kRowBytes, p.rows[1] += kRowBytes) {
+        const I32 left = I32::Load(p.rows[0]), right = I32::Load(p.rows[1]);
+        for (int i = 0; i < Format::kDotsPerRow; ++i) {
+          const I32 first = Format::DotOperand(left, i, offsets[0]);
+          const I32 second = Format::DotOperand(right, i, offsets[1]);
+          for (int m = 0; m < M; ++m) {
+            const uint8_t* inputs = a[m] + s * kStep + r * Format::kValuesPerRow + 4 * i;
+            acc[m][0] = Dot<Format::kIsSigned>(acc[m][0], first, inputs);
+            acc[m][1] = Dot<Format::kIsSigned>(acc[m][1], second, inputs);
+          }
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        const F32 a_scale =
+            F32::Set(reinterpret_cast<const float*>(a[m] + rows.scale_offset)[s >> scale_shift]);
+        for (int n = 0; n < 2; ++n) {
+          const F32 scale = kIsGrouped ? Mul(p.scales[n], a_scale) : a_scale;
+          sums[m][n] = MulAdd(ToF32(acc[m][n]), scale, sums[m][n]);
+        }
+      }
+    }
+  });
+  StoreSums(sums, out);
+}
+
+// Adds, over the groups of the range, scale * dot, the products of bfloat16 summed in float32.
 template <int M>
-inline void WideBf16(const Unpacked& w, const MatrixLayout& layout, const uint8_t* const* a,
-                     Prefetch prefetch, F32 (&out)[M][2]) {
-  F32 sums[M][2];
-  for (auto& token : sums) token[0] = token[1] = F32::Set(0.0f);
-  size_t k = 0;
-  for (size_t g = 0; g < layout.groups; ++g) {
+[[gnu::noinline]] void WideBf16(const Unpacked& w, InputRange range, const MatrixLayout& layout,
+                                const uint8_t* const* a, Prefetch prefetch, PairSums* out) {
+  const float* scales[2] = {w.panels[0].scales, w.panels[1].scales};
+  const uint8_t *left_row = w.panels[0].weights, *right_row = w.panels[1].weights;
+  for (size_t k = range.first; k < range.last;) {
     F32 acc[M][2];
-    for (auto& token : acc) token[0] = token[1] = F32::Set(0.0f);
-    for (const size_t end = k + layout.group_cols; k < end;) {
+    if (scales[0] == nullptr) LoadSums(out, acc);
+    else
+      for (auto& token : acc) token[0] = token[1] = F32::Set(0.0f);
+    const size_t end = scales[0] ? k + layout.group_cols : range.last;
+    while (k < end) {
       prefetch.Step();
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r, k += 2) {
-        const I32 left = I32::Load(w.weights[0] + k * kRowBytes / 2);
-        const I32 right = I32::Load(w.weights[1] + k * kRowBytes / 2);
+      for (int r = 0; r < 8; ++r, k += 2, left_row += kRowBytes, right_row += kRowBytes) {
+        const I32 left = I32::Load(left_row), right = I32::Load(right_row);
         for (int m = 0; m < M; ++m) {
           acc[m][0] = DotBf16(acc[m][0], left, a[m] + 2 * k);
           acc[m][1] = DotBf16(acc[m][1], right, a[m] + 2 * k);
         }
       }
     }
-    for (int n = 0; n < 2; ++n) {
-      const F32 scale = w.scales[n] ? F32::Load(w.scales[n] + g * kPanel) : F32::Set(1.0f);
-      for (int m = 0; m < M; ++m) sums[m][n] = MulAdd(acc[m][n], scale, sums[m][n]);
+    if (scales[0] == nullptr) {
+      StoreSums(acc, out);
+      continue;
+    }
+    const F32 left = F32::Load(scales[0]), right = F32::Load(scales[1]);
+    scales[0] += kPanel, scales[1] += kPanel;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      MulAdd(acc[m][0], left, F32::Load(out[m][0])).Store(out[m][0]);
+      MulAdd(acc[m][1], right, F32::Load(out[m][1])).Store(out[m][1]);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < 2; ++n) out[m][n] = sums[m][n];
 }
 
 }  // namespace
