@@ -29,8 +29,8 @@ TEST_ENV = {"PYTHONSAFEPATH": "1"}
 # What the kernels of an instruction set need, in the words of /proc/cpuinfo.
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 ISA_FLAGS = {
-    "avx2": {"avx2", "fma"},
-    "avx_vnni": {"avx2", "fma", "avx_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx512": AVX512,
     "avx512_vnni": AVX512 | {"avx512_vnni"},
     "avx512_bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},

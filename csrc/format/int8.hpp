@@ -5,7 +5,7 @@ namespace {
 struct Int8 {
   static constexpr int kValuesPerRow = 4;
   static constexpr bool kHasScale = true;
-  static constexpr bool kHasZeroPoint = false;
+  static constexpr Offset kOffset = Offset::kNone;
   static constexpr bool kHasInt8 = true;
   static constexpr bool kIsBf16Operand = false;
   static constexpr bool kIsSmallFloat = false;

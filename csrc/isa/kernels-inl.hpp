@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "format/bfloat16.hpp"
+#include "format/float16.hpp"
 #include "moe/kernels.hpp"
 
 #include "format/quantize.hpp"

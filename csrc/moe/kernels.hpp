@@ -34,12 +34,15 @@ struct Activation {
 //   scales        [padded_cols / group] float32                           (int8 only)
 //   corrections   [padded_cols / step] int32: -offset * sum of the step's values, so that a dot
 //                 product with weights that had `offset` added starts there    (int8 only)
+//   minus sums    [groups of the weights] float32: -1 times the sum of what the values of a group
+//                 stand for, which the group's minimum is multiplied with
+//                                            (weights with minimums only, and not for float32)
 struct ActivationRows {
   Precision precision;
   size_t cols, padded_cols;
   size_t group;  // inputs per scale
   size_t step;   // inputs that share a scale here and in the weights
-  size_t scale_offset, correction_offset, row_bytes;
+  size_t scale_offset, correction_offset, sum_offset, row_bytes;
   uint8_t* data;
 };
 
@@ -52,17 +55,18 @@ constexpr size_t kInterGroup = 32;
 
 KT_INLINE ActivationRows MakeActivationRows(Precision precision, const MatrixLayout& weights,
                                             size_t group) {
-  ActivationRows a{precision, weights.cols, weights.padded_cols, group, group, 0, 0, 0, nullptr};
+  ActivationRows a{
+      precision, weights.cols, weights.padded_cols, group, group, 0, 0, 0, 0, nullptr};
   if (weights.group && weights.group < group) a.step = weights.group;
   const size_t value_bytes = precision == Precision::kFloat32 ? 4
                              : precision == Precision::kBf16  ? 2
                                                               : 1;
   a.scale_offset = a.padded_cols * value_bytes;
   a.correction_offset = a.scale_offset + a.padded_cols / group * 4;
-  a.row_bytes =
-      RoundUp(precision == Precision::kInt8 ? a.correction_offset + a.padded_cols / a.step * 4
-                                            : a.scale_offset,
-              kRowBytes);
+  a.sum_offset = precision == Precision::kInt8 ? a.correction_offset + a.padded_cols / a.step * 4
+                                               : a.scale_offset;
+  const bool has_sums = weights.offset == Offset::kMinimum && precision != Precision::kFloat32;
+  a.row_bytes = RoundUp(a.sum_offset + (has_sums ? weights.groups * 4 : 0), kRowBytes);
   return a;
 }
 
@@ -111,11 +115,15 @@ struct DownArgs {
   uint8_t* scratch;  // UnpackScratchBytes(..., 0), aligned to 64
 };
 
-// Scratch holds two panels, unpacked once for many tokens (weights, then a float32 scale per output
-// and group), and behind them copies of `staged_rows` rows of activations.
+// Scratch holds two panels, unpacked once for many tokens (a float32 scale per output and group,
+// as many minimums where there are any, then weights), and behind them copies of `staged_rows` rows
+// of activations.
+KT_INLINE size_t UnpackedScales(const MatrixLayout& weights) {
+  return kPanel * weights.groups * (weights.offset == Offset::kMinimum ? 2 : 1);
+}
 KT_INLINE size_t UnpackedBytes(Precision precision, const MatrixLayout& weights) {
-  return kPanel * (weights.padded_cols * (precision == Precision::kBf16 ? 2 : 1) +
-                   weights.groups * sizeof(float));
+  return kPanel * weights.padded_cols * (precision == Precision::kBf16 ? 2 : 1) +
+         UnpackedScales(weights) * sizeof(float);
 }
 KT_INLINE size_t UnpackScratchBytes(Precision precision, const MatrixLayout& weights,
                                     size_t staged_rows) {
@@ -127,7 +135,7 @@ KT_INLINE size_t UnpackScratchBytes(Precision precision, const MatrixLayout& wei
 // The matrix that a transposed product multiplies with: inputs and outputs have changed places, and
 // `matrices` of the same shape stand side by side, so that one sum runs over the outputs of all.
 KT_INLINE MatrixLayout TransposedLayout(const MatrixLayout& m, size_t matrices) {
-  MatrixLayout t = MakeLayout(Element::kBf16, ScaleType::kNone, false, 0, m.cols, m.rows);
+  MatrixLayout t = MakeLayout(Element::kBf16, ScaleType::kNone, Offset::kNone, 0, m.cols, m.rows);
   t.group_cols *= matrices;
   return t;
 }
@@ -179,13 +187,14 @@ struct GemmArgs {
 };
 
 // One matrix to pack: dense (element [r, c] at data + r * row_stride + c * col_stride, in
-// elements), or already quantised, with contiguous canonical codes, scales and zero points.
+// elements), or already quantised, with contiguous canonical codes, scales and offsets.
 struct SourceMatrix {
   const void* data;
   DType type;
   ptrdiff_t row_stride, col_stride;
   const float* scales;         // null: dense, to be quantised
   const uint8_t* zero_points;  // with scales
+  const float* minimums;       // with scales
   const float* output_scales;  // [rows], with scales that are e4m3
 };
 

@@ -4,6 +4,14 @@
 namespace kt::KT_ISA {
 namespace {
 
+// The scales of one group, and its minimums, as Unpacked has them.
+template <class Format>
+inline void StoreUnpacked(F32 scale, Offsets offsets, const MatrixLayout& layout, float* scales) {
+  scale.Store(scales);
+  if constexpr (Format::kOffset == Offset::kMinimum)
+    offsets.minimum.Store(scales + layout.groups * kPanel);
+}
+
 // How one weight format meets one precision of the activations. kUnpacks: Wide() wants the rows
 // that Unpack() writes. kInputsPerStep: of the calls of Prefetch::Step().
 template <class Format, bool kIsGrouped, int kStep>
@@ -12,10 +20,10 @@ struct Int8Product {
   static constexpr size_t kInputsPerStep = kStep;
 
   static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
-    ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* from) {
-      scale.Store(scales);
+    ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* from) {
+      StoreUnpacked<Format>(scale, offsets, layout, scales);
       scales += kPanel;
-      const I32 offset = Format::DotOffset(zero);
+      const I32 offset = Format::DotOffset(offsets.zero);
       for (size_t k = 0; k < layout.group_cols; k += Format::kValuesPerRow, from += kRowBytes) {
         const I32 row = I32::Load(from);
         for (int i = 0; i < Format::kDotsPerRow; ++i, to += kRowBytes)
@@ -32,6 +40,7 @@ struct Int8Product {
   static void Wide(const Unpacked& w, const MatrixLayout& layout, const ActivationRows& rows,
                    const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
     WideInt8<Format::kIsSigned, kIsGrouped, kStep>(w, layout, rows, a, prefetch, out);
+    if constexpr (Format::kOffset == Offset::kMinimum) AddMinimums(w, layout, rows, a, out);
   }
 #ifdef KT_HAS_TILES
   static size_t TileInputs(const MatrixLayout&) { return kStep; }
@@ -40,6 +49,7 @@ struct Int8Product {
                     const ActivationRows& rows, const uint8_t* a, Prefetch prefetch,
                     TileSums& sums) {
     TiledInt8<kIsGrouped, kStep>(tiles, w, layout, rows, a, prefetch, sums);
+    if constexpr (Format::kOffset == Offset::kMinimum) AddMinimums(tiles, w, layout, rows, a, sums);
   }
 #endif
 };
@@ -50,30 +60,36 @@ struct Bf16Product {
   static constexpr size_t kInputsPerStep = 16;
 
   static void Unpack(const uint8_t* panel, const MatrixLayout& layout, uint8_t* to, float* scales) {
-    ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* from) {
-      scale.Store(scales);
+    ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* from) {
+      StoreUnpacked<Format>(scale, offsets, layout, scales);
       scales += kPanel;
       for (size_t k = 0; k < layout.group_cols; k += Format::kValuesPerRow, from += kRowBytes) {
         const I32 row = I32::Load(from);
         for (int i = 0; i < Format::kValuesPerRow / 2; ++i, to += kRowBytes)
-          Format::Bf16Operand(row, i, zero).Store(to);
+          Format::Bf16Operand(row, i, offsets.zero).Store(to);
       }
     });
   }
   template <int M>
-  static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows&,
+  static void Stream(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows& rows,
                      const uint8_t* const* a, F32 (&out)[M]) {
-    StreamBf16<Format>(panel, layout, a, out);
+    StreamBf16<Format>(panel, layout, rows, a, out);
   }
   template <int M>
-  static void Wide(const Unpacked& w, const MatrixLayout& layout, const ActivationRows&,
+  static void Wide(const Unpacked& w, const MatrixLayout& layout, const ActivationRows& rows,
                    const uint8_t* const* a, Prefetch prefetch, F32 (&out)[M][2]) {
     WideBf16(w, layout, a, prefetch, out);
+    if constexpr (Format::kOffset == Offset::kMinimum) AddMinimums(w, layout, rows, a, out);
   }
 #ifdef KT_HAS_TILES
   static size_t TileInputs(const MatrixLayout& layout) { return Bf16TileInputs(layout); }
   static size_t TileBytes(const MatrixLayout& layout) { return 2 * Bf16TileInputs(layout); }
-  static constexpr auto Tiled = TiledBf16;
+  static void Tiled(const Tiles& tiles, const Unpacked& w, const MatrixLayout& layout,
+                    const ActivationRows& rows, const uint8_t* a, Prefetch prefetch,
+                    TileSums& sums) {
+    TiledBf16(tiles, w, layout, rows, a, prefetch, sums);
+    if constexpr (Format::kOffset == Offset::kMinimum) AddMinimums(tiles, w, layout, rows, a, sums);
+  }
 #endif
 };
 
@@ -157,7 +173,7 @@ inline Unpacked UnpackPair(const PairArgs& args) {
     const size_t bytes = UnpackedBytes(args.rows->precision, *args.layout);
     for (int n = 0; n < 2; ++n) {
       float* scales = reinterpret_cast<float*>(args.scratch + static_cast<size_t>(n) * bytes);
-      uint8_t* weights = reinterpret_cast<uint8_t*>(scales + args.layout->groups * kPanel);
+      uint8_t* weights = reinterpret_cast<uint8_t*>(scales + UnpackedScales(*args.layout));
       if (n == 0 || args.second) Product::Unpack(panels[n], *args.layout, weights, scales);
       else weights = const_cast<uint8_t*>(w.weights[0]), scales = const_cast<float*>(w.scales[0]);
       w.weights[n] = weights, w.scales[n] = scales;

@@ -190,5 +190,15 @@ inline void TiledBf16(const Tiles& tiles, const Unpacked& w, const MatrixLayout&
   }
 }
 
+// As AddMinimums() of tile/wide.hpp does.
+inline void AddMinimums(const Tiles& tiles, const Unpacked& w, const MatrixLayout& layout,
+                        const ActivationRows& rows, const uint8_t* a, TileSums& sums) {
+  for (size_t m = 0; m < tiles.tokens(); ++m, a += rows.row_bytes) {
+    F32 both[1][2] = {{F32::Load(sums[m][0]), F32::Load(sums[m][1])}};
+    AddMinimums(w, layout, rows, &a, both);
+    both[0][0].Store(sums[m][0]), both[0][1].Store(sums[m][1]);
+  }
+}
+
 }  // namespace
 }  // namespace kt::KT_ISA

@@ -18,12 +18,32 @@ inline F32 LoadScales(const uint8_t* scales, ScaleType type) {
   if constexpr (!Format::kHasScale) return F32::Set(1.0f);
   if (type == ScaleType::kFloat32) return F32::Load(reinterpret_cast<const float*>(scales));
   if (type == ScaleType::kBf16) return F32::LoadBf16(reinterpret_cast<const uint16_t*>(scales));
+  if (type == ScaleType::kFloat16) return F32::LoadF16(reinterpret_cast<const uint16_t*>(scales));
   const I32 byte = I32::LoadU8(scales);
   if (type == ScaleType::kE8m0) return AsF32(Shl(byte, 23));
   return AsF32(Add(Shl(byte, 20), I32::Set(117 << 23)));  // e5m3: see format/layout.hpp
 }
 
-// Calls body(scales, zeros, weights) for each group of a packed panel, in the order of the bytes.
+// -1 times the sum of the activations of a group of weights: see ActivationRows.
+inline F32 MinusSum(const ActivationRows& rows, const uint8_t* a, size_t group) {
+  return F32::Set(reinterpret_cast<const float*>(a + rows.sum_offset)[group]);
+}
+
+// What a group stores beside its scales, for 16 outputs: see Offset. The other one is unused.
+struct Offsets {
+  I32 zero;
+  F32 minimum;
+};
+template <class Format>
+inline Offsets LoadOffsets(const uint8_t* offsets, ScaleType type) {
+  if constexpr (Format::kOffset == Offset::kZeroPoint)
+    return {I32::LoadU8(offsets), F32::Set(0.0f)};
+  if constexpr (Format::kOffset == Offset::kMinimum)
+    return {I32::Set(0), LoadScales<Format>(offsets, type)};
+  return {I32::Set(0), F32::Set(0.0f)};
+}
+
+// Calls body(scales, offsets, weights) for each group of a packed panel, in the order of the bytes.
 template <class Format, class Body>
 inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, const Body& body) {
   F32 output_scales = F32::Set(1.0f);
@@ -31,15 +51,34 @@ inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, const Body& b
   panel += m.front_bytes;
   for (size_t first = 0; first < m.groups; first += m.block_groups) {
     const size_t end = first + m.block_groups < m.groups ? first + m.block_groups : m.groups;
-    const uint8_t *scales = panel, *zeros = panel + m.zero_offset;
+    const uint8_t *scales = panel, *offsets = panel + m.block_groups * m.scale_bytes;
     panel += m.header_bytes;
     for (size_t g = first; g < end; ++g) {
       F32 scale = LoadScales<Format>(scales, m.scale);
       if (m.front_bytes) scale = Mul(scale, output_scales);
-      body(scale, Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0), panel);
-      scales += m.scale_bytes, zeros += kPanel, panel += m.group_bytes;
+      body(scale, LoadOffsets<Format>(offsets, m.scale), panel);
+      scales += m.scale_bytes, offsets += m.offset_bytes, panel += m.group_bytes;
     }
   }
+}
+
+// The weights of input j of a row, in float32.
+template <class Format>
+inline F32 Dequantize(I32 row, int j, F32 scale, Offsets offsets) {
+  F32 value = Format::Value(row, j);
+  if constexpr (Format::kOffset == Offset::kZeroPoint) value = Sub(value, ToF32(offsets.zero));
+  if constexpr (Format::kHasScale) value = Mul(value, scale);
+  if constexpr (Format::kOffset == Offset::kMinimum) value = Sub(value, offsets.minimum);
+  return value;
+}
+
+// sums[m] -= minimum * sum of the group's activations, which Prepare() has taken.
+template <class Format, int M>
+inline void AddMinimums(F32 minimum, const ActivationRows& rows, const uint8_t* const* a,
+                        size_t group, F32 (&sums)[M]) {
+  if constexpr (Format::kOffset == Offset::kMinimum)
+    for (int m = 0; m < M; ++m)
+      sums[m] = MulAdd(minimum, MinusSum(rows, a[m], group), sums[m]);
 }
 
 // Few sums in flight would wait for each other: such a block has two of each.
@@ -57,9 +96,9 @@ inline void StreamInt8(const uint8_t* panel, const MatrixLayout& layout, const A
   const int scale_shift = __builtin_ctzll(rows.group / kStep);
   F32 sums[M];  // not `out`: the compiler would store it in every step
   for (F32& sum : sums) sum = F32::Set(0.0f);
-  size_t s = 0;
-  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* weights) {
-    const I32 offset = Format::DotOffset(zero);
+  size_t s = 0, group = 0;
+  ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* weights) {
+    const I32 offset = Format::DotOffset(offsets.zero);
     F32 group_sums[M];
     for (F32& sum : group_sums) sum = F32::Set(0.0f);
     for (const size_t end = s + steps_per_group; s < end; ++s, weights += kRows * kRowBytes) {
@@ -87,21 +126,22 @@ inline void StreamInt8(const uint8_t* panel, const MatrixLayout& layout, const A
       }
     }
     for (int m = 0; m < M; ++m) sums[m] = MulAdd(group_sums[m], scale, sums[m]);
+    AddMinimums<Format>(offsets.minimum, rows, a, group++, sums);
   });
   for (int m = 0; m < M; ++m) out[m] = sums[m];
 }
 
 // out[m] = sum over groups of scale * dot, the products of bfloat16 summed in float32.
 template <class Format, int M>
-inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const uint8_t* const* a,
-                       F32 (&out)[M]) {
+inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows& rows,
+                       const uint8_t* const* a, F32 (&out)[M]) {
   constexpr int C = kChains<M>;
   constexpr int kOperands = Format::kValuesPerRow / 2;  // of two inputs each
   constexpr int kRows = 16 / Format::kValuesPerRow;     // unrolled: 16 inputs
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
-  size_t k = 0;
-  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zero, const uint8_t* weights) {
+  size_t k = 0, group = 0;
+  ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* weights) {
     F32 acc[C][M];
     for (auto& chain : acc)
       for (F32& sum : chain) sum = F32::Set(0.0f);
@@ -110,7 +150,7 @@ inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const u
         const I32 row = LoadStreamed(weights + r * kRowBytes);
         for (int i = 0; i < kOperands; ++i) {
           const int chain = (r * kOperands + i) % C;
-          const I32 operand = Format::Bf16Operand(row, i, zero);
+          const I32 operand = Format::Bf16Operand(row, i, offsets.zero);
           const size_t at = k + static_cast<size_t>(r * Format::kValuesPerRow + 2 * i);
           for (int m = 0; m < M; ++m)
             acc[chain][m] = DotBf16(acc[chain][m], operand, a[m] + 2 * at);
@@ -118,25 +158,23 @@ inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const u
       }
     for (int m = 0; m < M; ++m)
       sums[m] = MulAdd(C > 1 ? Add(acc[0][m], acc[C - 1][m]) : acc[0][m], scale, sums[m]);
+    AddMinimums<Format>(offsets.minimum, rows, a, group++, sums);
   });
   for (int m = 0; m < M; ++m) out[m] = sums[m];
 }
 
-// out[m] = sum of (value - zero) * scale * a, all in float32: the exact mode.
+// out[m] = sum of ((value - zero) * scale - minimum) * a, all in float32: the exact mode.
 template <class Format, int M>
 inline void StreamF32(const uint8_t* panel, const MatrixLayout& layout, const uint8_t* const* a,
                       F32 (&out)[M]) {
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t k = 0;
-  ForGroups<Format>(panel, layout, [&](F32 scale, I32 zeros, const uint8_t* weights) {
-    const F32 zero = ToF32(zeros);
+  ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* weights) {
     for (const size_t end = k + layout.group_cols; k < end; weights += kRowBytes) {
       const I32 row = I32::Load(weights);
       for (int j = 0; j < Format::kValuesPerRow; ++j, ++k) {
-        F32 value = Format::Value(row, j);
-        if (Format::kHasZeroPoint) value = Sub(value, zero);
-        if (Format::kHasScale) value = Mul(value, scale);
+        const F32 value = Dequantize<Format>(row, j, scale, offsets);
         for (int m = 0; m < M; ++m)
           sums[m] = MulAdd(value, F32::Set(reinterpret_cast<const float*>(a[m])[k]), sums[m]);
       }

@@ -6,7 +6,8 @@ namespace {
 // Two panels of dot operands: 64-byte rows of 16 outputs x 4 int8 or 2 bfloat16.
 struct Unpacked {
   const uint8_t* weights[2];
-  const float* scales[2];  // [groups][16]; null: they are all 1
+  // [groups][16], and as many minimums behind them where the format has those; null: all 1
+  const float* scales[2];
 };
 
 // Bytes that will be wanted soon. A pass over the weights asks for a few lines in every step: all
@@ -91,6 +92,21 @@ inline void WideBf16(const Unpacked& w, const MatrixLayout& layout, const uint8_
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < 2; ++n) out[m][n] = sums[m][n];
+}
+
+// out[m][n] -= sum over groups of minimum * sum of the activations, which Prepare() has taken.
+template <int M>
+inline void AddMinimums(const Unpacked& w, const MatrixLayout& layout, const ActivationRows& rows,
+                        const uint8_t* const* a, F32 (&out)[M][2]) {
+  for (size_t g = 0; g < layout.groups; ++g) {
+    const size_t at = (layout.groups + g) * kPanel;
+    const F32 left = F32::Load(w.scales[0] + at), right = F32::Load(w.scales[1] + at);
+    for (int m = 0; m < M; ++m) {
+      const F32 minus_sum = MinusSum(rows, a[m], g);
+      out[m][0] = MulAdd(left, minus_sum, out[m][0]);
+      out[m][1] = MulAdd(right, minus_sum, out[m][1]);
+    }
+  }
 }
 
 }  // namespace
