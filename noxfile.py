@@ -87,6 +87,13 @@ def demo(session: nox.Session) -> None:
 
 
 @needs_env
+def answers(session: nox.Session) -> None:
+    """Ask the demo model the same in every format; fetches it first."""
+    pytest = (program(session, "pytest"), "-q", "-m", "network")
+    session.run(*pytest, *(session.posargs or ["tests/demo/test_answers.py"]), env=TEST_ENV)
+
+
+@needs_env
 def tests(session: nox.Session) -> None:
     """Run the default suite, or what stands behind ``--``."""
     environment = {**TEST_ENV, "KT_EXPECT_ISAS": ",".join(expected_isas())}
@@ -139,7 +146,10 @@ def types(session: nox.Session) -> None:
 
 @needs_env
 def isa(session: nox.Session) -> None:
-    """Run the kernels on every instruction set this machine should have; fail if one is absent."""
+    """Run the kernels on every instruction set this machine should have; fail if one is absent.
+
+    Ends with a table: how many cells passed of each format on each instruction set.
+    """
     isas = expected_isas()
     session.log("expecting: %s", ", ".join(isas))
     session.run(program(session, "python"), "tools/check_symbols.py", str(BUILD / "env"))
@@ -148,6 +158,7 @@ def isa(session: nox.Session) -> None:
     session.run(*pytest, "tests/kernels", env=expect)
     for name in isas:
         session.run(*pytest, "tests/contract", env={**expect, "KT_FORCE_ISA": name})
+    session.run(program(session, "pytest"), "-q", "-m", "grid", "tests/kernels", env=expect)
 
 
 @needs_env
@@ -209,7 +220,7 @@ def families(session: nox.Session) -> None:
 @needs_env
 def outside(session: nox.Session) -> None:
     """Install a plug-in from outside this repository beside kt, and use it."""
-    slow = (program(session, "pytest"), "-m", "slow and not network")
+    slow = (program(session, "pytest"), "-m", "slow and not network and not grid")
     session.run(*slow, *session.posargs, env=TEST_ENV)
 
 

@@ -45,10 +45,11 @@ struct Int4 {
     return kOffset == Offset::kZeroPoint ? Add(codes, offset) : codes;  // no byte carries
   }
 
+  static constexpr float kLargestCode = 15.0f;
   using Code = uint8_t;
   static GroupCode Quantize(const float* x, size_t n, const MatrixLayout& m, float, Code* codes) {
     if (kOffset == Offset::kZeroPoint) return QuantizeAsymmetric(x, n, m.scale, codes);
-    if (kOffset == Offset::kMinimum) return QuantizeFromMinimum(x, n, m.scale, 15.0f, codes);
+    if (kOffset == Offset::kMinimum) return QuantizeFromMinimum(x, n, m.scale, kLargestCode, codes);
     const GroupCode group = QuantizeSymmetric(x, n, m.scale, -8.0f, 7.0f, codes);
     for (size_t i = 0; i < n; ++i) codes[i] = FromCanonical(codes[i]);
     return group;

@@ -28,8 +28,8 @@
 // One 64-byte row of weights holds, for each of the 16 outputs in turn, 4 bytes of consecutive
 // inputs: 2 bfloat16, 4 int8 or fp8, 8 int4 or fp4; in which order, csrc/format/ says. Inputs
 // are padded to a multiple of 64 and of the group size, outputs to a multiple of 16, with zeros.
-// With a minimum, or a zero point of 16, no code of an input stands for zero: what is added then
-// has code 0 or 15, and the activations it meets are 0.
+// With a minimum, or a zero point of 16, no code need stand for 0: inputs then are padded with the
+// nearest one, and the activations it meets are 0.
 //
 // An expert is contiguous: gate panel 0, up panel 0, gate panel 1, up panel 1, ... (up panels alone
 // where there is no gate), the down panels, then float32 biases of gate, up and down.

@@ -109,7 +109,7 @@ inline Range RangeWithZero(const float* x, size_t n) {
 inline GroupCode QuantizeFromMinimum(const float* x, size_t n, ScaleType type, float high,
                                      uint8_t* codes) {
   const Range range = RangeWithZero(x, n);
-  const float minimum = StoredScale(-range.low, type);
+  const float minimum = StoredScale(0.0f - range.low, type);  // never -0
   const float scale = StoredScale((range.high + minimum) / high, type);
   if (!(scale > 0)) {
     memset(codes, 0, n);

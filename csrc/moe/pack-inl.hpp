@@ -150,6 +150,10 @@ inline bool CopyPanel(const PackArgs& args, size_t panel, uint8_t* codes, uint8_
         const float minimum = s.minimums[row * source_groups + g];
         ok &= IsFinite(StoredScale(minimum, m.scale));
         StoreScale(target + m.Offsets(g), m.scale, n, minimum);
+        // What quantising makes of zeros behind the last input.
+        const float nearest = ClampTo(minimum / scale, 0.0f, Format::kLargestCode);
+        const uint8_t code = scale > 0 ? static_cast<uint8_t>(RoundEven(nearest)) : 0;
+        for (size_t i = m.cols; i < end; ++i) c[i] = code;
       }
     }
   }

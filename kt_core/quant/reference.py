@@ -158,7 +158,7 @@ def _from_minimum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
     high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
-    minimum = _stored(-low, weight_format)
+    minimum = _stored(0 - low, weight_format)  # never -0
     scale = _stored((high + minimum) / 15, weight_format)
     codes = _divide(groups + minimum, scale).clamp(0, 15).round()
     # A scale of 0: the group is too small to have weights.

@@ -116,8 +116,8 @@ class LoadingRules(BackendHarness):
             for name in ("gate", "up", "down"):
                 stored = weight_format.quantize(getattr(good, name))
                 for value in (float("nan"), float("inf")):
-                    for part, bad in _poisoned_quantized(stored, value).items():
-                        parts: dict[str, Any] = {name: bad}
+                    for part, poisoned in _poisoned_quantized(stored, value).items():
+                        parts: dict[str, Any] = {name: poisoned}
                         what = f"{value} in {part} of quantised {name}"
                         _refuses_load(kernel, what, replace(good, **parts))
 
@@ -141,8 +141,9 @@ class LoadingRules(BackendHarness):
                 _refuses_load(kernel, "no scales", replace(plain, up=none))
             for part in ("zero_points", "minimums", "output_scales"):
                 if getattr(stored, part) is not None:
-                    none = replace(stored, **{part: None})
-                    _refuses_load(kernel, f"no {part}", replace(plain, up=none))
+                    nothing: dict[str, Any] = {part: None}
+                    without = replace(stored, **nothing)
+                    _refuses_load(kernel, f"no {part}", replace(plain, up=without))
 
     def test_loads_from_several_threads(self, weight_format: WeightFormat) -> None:
         """Loading all experts at once gives what loading them one by one gives."""

@@ -71,9 +71,7 @@ def layer(
 ) -> Layer:
     """Quantise and dequantise every expert."""
 
-    def stored(
-        name: str, tensor: torch.Tensor | QuantizedTensor | None
-    ) -> dict[str, torch.Tensor]:
+    def stored(name: str, tensor: torch.Tensor | QuantizedTensor | None) -> dict[str, torch.Tensor]:
         if tensor is None:
             return {}
         if isinstance(tensor, torch.Tensor):

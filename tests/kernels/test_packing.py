@@ -51,6 +51,7 @@ UNREGISTERED = [
 FORMATS = {f.name: f for f in [*(b.descriptor for b in BUILT_IN_FORMATS), *UNREGISTERED]}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROJECTIONS = ("gate", "up", "down")
+LARGEST_FLOAT16 = 65504.0  # of minimums too
 UNGATED = Activation(kind=ActivationKind.RELU2, is_gated=False)
 
 
@@ -248,10 +249,18 @@ def expect_matrix(name: str, got: Matrix, want: QuantizedTensor) -> None:
     if want.weight_format.scale is not ScaleType.E8M0:  # has no zero
         assert not got.scales[rows:].any(), name
         assert not got.scales[:, groups:].any(), name
-    spread = np.repeat(got.zeros, got.codes.shape[1] // got.zeros.shape[1], axis=1)
-    value = got.codes - spread
+
+    def spread(per_group: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.repeat(per_group, got.codes.shape[1] // per_group.shape[1], axis=1)
+
+    value = got.codes - spread(got.zeros)
     assert not value[rows:].any(), f"{name}: outputs beyond the last are not 0"
-    assert not value[:, cols:].any(), f"{name}: inputs beyond the last are not 0"
+    if want.minimums is None:
+        assert not value[:, cols:].any(), f"{name}: inputs beyond the last are not 0"
+    else:  # no code nearer to 0: half a step, and the rounding of these products
+        step = spread(got.scales).astype(np.float64)
+        weight = (step * got.codes - spread(got.minimums))[:, cols:]
+        assert (np.abs(weight) <= 0.50001 * step[:, cols:]).all(), name
 
 
 def expect_same_bits(name: str, got: NDArray[np.float32], want: torch.Tensor) -> None:
@@ -414,6 +423,8 @@ def extreme_rows(cols: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS.keys())
 def test_extreme_values(device: CpuDevice, weight_format: Format) -> None:
     matrix = torch.stack(list(extreme_rows(139).values()))
+    if weight_format.scale is ScaleType.FLOAT16:
+        matrix = matrix.clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
     rows, cols = matrix.shape
     spec = MoeSpec(num_experts=1, hidden_size=cols, intermediate_size=rows, activation=UNGATED)
     weights = ExpertWeights(up=matrix, down=matrix.T.contiguous())
@@ -426,6 +437,8 @@ def test_every_binary_exponent(device: CpuDevice, weight_format: Format) -> None
     generator = torch.Generator().manual_seed(7)
     exponents = torch.linspace(-148, 120, 200).unsqueeze(1)
     matrix = torch.randn(200, 300, generator=generator) * torch.pow(2.0, exponents)
+    if weight_format.scale is ScaleType.FLOAT16:
+        matrix = matrix.clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
     spec = MoeSpec(num_experts=1, hidden_size=300, intermediate_size=200, activation=UNGATED)
     weights = ExpertWeights(up=matrix, down=matrix.T)
     expect_expert(loaded(device, spec, weight_format, weights), 0, weights)
@@ -448,21 +461,20 @@ def quantized(dense: ExpertWeights, weight_format: Format) -> ExpertWeights:
     return replace(dense, **parts)
 
 
-def test_quantised_tensors_may_be_strided_views() -> None:
+@pytest.mark.parametrize("form", ["int4-g32-asym", "int4-g32-f16-min"])
+def test_quantised_tensors_may_be_strided_views(form: str) -> None:
     spec = MoeSpec(num_experts=2, hidden_size=70, intermediate_size=33)
-    weight_format = FORMATS["int4-g32-asym"]
+    weight_format = FORMATS[form]
     dense = random_weights(spec)
     views = {}
     for name in PROJECTIONS:
         parts = quantize(getattr(dense, name), weight_format)
-        assert parts.scales is not None
-        assert parts.zero_points is not None
-        views[name] = QuantizedTensor(
-            weight_format=weight_format,
-            codes=parts.codes.T.contiguous().T,
-            scales=parts.scales.T.contiguous().T,
-            zero_points=parts.zero_points.T.contiguous().T,
-        )
+        strided = {
+            part: getattr(parts, part).T.contiguous().T
+            for part in ("codes", "scales", "zero_points", "minimums")
+            if getattr(parts, part) is not None
+        }
+        views[name] = replace(parts, **strided)
     with open_device("scalar") as device:
         kernel = loaded(device, spec, weight_format, dense, ExpertWeights(**views))
     assert kernel.packed_bytes(0) == kernel.packed_bytes(1)

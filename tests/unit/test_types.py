@@ -140,7 +140,10 @@ def test_alpha_must_be_finite(value: float) -> None:
             },
             "a zero point or a minimum, not both",
         ),
-        ({"element": Element.INT8, "scale": ScaleType.E8M0}, "integers have float32 or bf16"),
+        (
+            {"element": Element.INT8, "scale": ScaleType.E8M0},
+            "integers have float32, bf16 or float16",
+        ),
         ({"element": Element.FP4, "scale": ScaleType.E4M3, "group_size": 8}, "16, 32, 64, 128"),
     ],
 )
