@@ -119,19 +119,18 @@ void BindEnums(py::module_& m) {
 
 void BindSpec(py::module_& m) {
   py::class_<kt::LayerSpec>(m, "LayerSpec")
-      .def(
-          py::init([](size_t experts, size_t hidden, size_t intermediate, kt::ActivationKind kind,
-                      bool is_gated, float alpha, float limit, float up_limit, bool has_bias,
-                      kt::Element element, kt::ScaleType scale, kt::Offset offset, size_t group) {
-            return kt::LayerSpec{
-                experts,  hidden,  intermediate, {kind, is_gated, alpha, limit, up_limit},
-                has_bias, element, scale,        offset,
-                group};
-          }),
-          py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
-          py::arg("intermediate_size"), py::arg("activation"), py::arg("is_gated"),
-          py::arg("alpha"), py::arg("limit"), py::arg("up_limit"), py::arg("has_bias"),
-          py::arg("element"), py::arg("scale"), py::arg("offset"), py::arg("group"))
+      .def(py::init([](size_t experts, size_t hidden, size_t intermediate, kt::ActivationKind kind,
+                       bool is_gated, float alpha, float limit, float up_limit, bool has_bias,
+                       kt::Element element, kt::ScaleType scale, kt::Offset offset, size_t group) {
+             return kt::LayerSpec{
+                 experts,  hidden,  intermediate, {kind, is_gated, alpha, limit, up_limit},
+                 has_bias, element, scale,        offset,
+                 group};
+           }),
+           py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("activation"), py::arg("is_gated"),
+           py::arg("alpha"), py::arg("limit"), py::arg("up_limit"), py::arg("has_bias"),
+           py::arg("element"), py::arg("scale"), py::arg("offset"), py::arg("group"))
       .def_property_readonly("bytes_per_expert",
                              [](const kt::LayerSpec& s) { return kt::LayoutOf(s).bytes; });
 }

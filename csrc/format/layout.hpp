@@ -14,7 +14,7 @@
 // their scales and offsets, fewer in the last block:
 //
 //   scales   [groups of a block][16]  float32, float16, bfloat16, e8m0 or e5m3; absent for bf16
-//   offsets  [groups of a block][16]  zero points, uint8; or minimums, of the scales' type; or absent
+//   offsets  [groups of a block][16]  zero points, uint8, or minimums, typed as scales; or absent
 //   weights  [inputs of its groups * bits / 32][64 bytes]
 //
 // Scales stand beside the weights they belong to, so that a panel is read as one stream: a second

@@ -59,8 +59,7 @@ struct GroupCode {
 inline uint16_t ToFloat16(float x) {
   const uint32_t sign = BitsOf(x) >> 16 & 0x8000u;
   // 65520 is the middle between the largest number and 2^16.
-  return static_cast<uint16_t>(sign |
-                               (fabsf(x) < 65520.0f ? RoundMagnitude<10, -14>(x) : 0x7c00u));
+  return static_cast<uint16_t>(sign | (fabsf(x) < 65520.0f ? RoundMagnitude<10, -14>(x) : 0x7c00u));
 }
 
 // The scale as it can be stored; infinite where that type cannot hold it.

@@ -34,14 +34,15 @@ struct Activation {
 //   scales        [padded_cols / group] float32                           (int8 only)
 //   corrections   [padded_cols / step] int32: -offset * sum of the step's values, so that a dot
 //                 product with weights that had `offset` added starts there    (int8 only)
-//   minus sums    [groups of the weights] float32: -1 times the sum of what the values of a group
-//                 stand for, which the group's minimum is multiplied with
-//                                            (weights with minimums only, and not for float32)
+//   minus sums    [padded_cols / sum_group] float32: -1 times the sum of what the values of a group
+//                 stand for, which the group's minimum is multiplied with (weights with minimums
+//                 only, and not for float32)
 struct ActivationRows {
   Precision precision;
   size_t cols, padded_cols;
-  size_t group;  // inputs per scale
-  size_t step;   // inputs that share a scale here and in the weights
+  size_t group;      // inputs per scale
+  size_t step;       // inputs that share a scale here and in the weights
+  size_t sum_group;  // inputs that share a minimum of the weights; 0: there are no sums
   size_t scale_offset, correction_offset, sum_offset, row_bytes;
   uint8_t* data;
 };
@@ -55,8 +56,8 @@ constexpr size_t kInterGroup = 32;
 
 KT_INLINE ActivationRows MakeActivationRows(Precision precision, const MatrixLayout& weights,
                                             size_t group) {
-  ActivationRows a{
-      precision, weights.cols, weights.padded_cols, group, group, 0, 0, 0, 0, nullptr};
+  ActivationRows a{precision, weights.cols, weights.padded_cols, group, group, 0, 0, 0, 0,
+                   0,         nullptr};
   if (weights.group && weights.group < group) a.step = weights.group;
   const size_t value_bytes = precision == Precision::kFloat32 ? 4
                              : precision == Precision::kBf16  ? 2
@@ -65,8 +66,9 @@ KT_INLINE ActivationRows MakeActivationRows(Precision precision, const MatrixLay
   a.correction_offset = a.scale_offset + a.padded_cols / group * 4;
   a.sum_offset = precision == Precision::kInt8 ? a.correction_offset + a.padded_cols / a.step * 4
                                                : a.scale_offset;
-  const bool has_sums = weights.offset == Offset::kMinimum && precision != Precision::kFloat32;
-  a.row_bytes = RoundUp(a.sum_offset + (has_sums ? weights.groups * 4 : 0), kRowBytes);
+  if (weights.offset == Offset::kMinimum && precision != Precision::kFloat32)
+    a.sum_group = weights.group_cols;
+  a.row_bytes = RoundUp(a.sum_offset + (a.sum_group ? weights.groups * 4 : 0), kRowBytes);
   return a;
 }
 

@@ -54,13 +54,13 @@ inline int32_t DotZero(const MatrixLayout& weights) {
 }
 
 // What minimums are multiplied with, of a row whose values are there.
-inline void StoreMinusSums(const ActivationRows& rows, const MatrixLayout& weights, uint8_t* row) {
+inline void StoreMinusSums(const ActivationRows& rows, uint8_t* row) {
   const int8_t* bytes = reinterpret_cast<const int8_t*>(row);
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
   const float* scales = reinterpret_cast<const float*>(row + rows.scale_offset);
   float* minus_sums = reinterpret_cast<float*>(row + rows.sum_offset);
-  for (size_t first = 0; first < rows.padded_cols; first += weights.group_cols) {
-    const size_t end = first + weights.group_cols;
+  for (size_t first = 0; first < rows.padded_cols; first += rows.sum_group) {
+    const size_t end = first + rows.sum_group;
     float sum = 0.0f;
     if (rows.precision == Precision::kInt8) {
       for (size_t k = first; k < end; k += rows.step) {
@@ -105,8 +105,7 @@ void Prepare(const PrepareArgs& args) {
         *corrections++ = -zero * sum;
       }
     }
-    if (args.weights->offset == Offset::kMinimum && rows.precision != Precision::kFloat32)
-      StoreMinusSums(rows, *args.weights, row);
+    if (rows.sum_group) StoreMinusSums(rows, row);
   }
 }
 

@@ -77,8 +77,7 @@ template <class Format, int M>
 inline void AddMinimums(F32 minimum, const ActivationRows& rows, const uint8_t* const* a,
                         size_t group, F32 (&sums)[M]) {
   if constexpr (Format::kOffset == Offset::kMinimum)
-    for (int m = 0; m < M; ++m)
-      sums[m] = MulAdd(minimum, MinusSum(rows, a[m], group), sums[m]);
+    for (int m = 0; m < M; ++m) sums[m] = MulAdd(minimum, MinusSum(rows, a[m], group), sums[m]);
 }
 
 // Few sums in flight would wait for each other: such a block has two of each.
