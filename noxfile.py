@@ -29,8 +29,8 @@ TEST_ENV = {"PYTHONSAFEPATH": "1"}
 # What the kernels of an instruction set need, in the words of /proc/cpuinfo.
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 ISA_FLAGS = {
-    "avx2": {"avx2", "fma"},
-    "avx_vnni": {"avx2", "fma", "avx_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx512": AVX512,
     "avx512_vnni": AVX512 | {"avx512_vnni"},
     "avx512_bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},
@@ -87,6 +87,13 @@ def demo(session: nox.Session) -> None:
 
 
 @needs_env
+def answers(session: nox.Session) -> None:
+    """Ask the demo model the same in every format; fetches it first."""
+    pytest = (program(session, "pytest"), "-q", "-m", "network")
+    session.run(*pytest, *(session.posargs or ["tests/demo/test_answers.py"]), env=TEST_ENV)
+
+
+@needs_env
 def tests(session: nox.Session) -> None:
     """Run the default suite, or what stands behind ``--``."""
     environment = {**TEST_ENV, "KT_EXPECT_ISAS": ",".join(expected_isas())}
@@ -139,7 +146,10 @@ def types(session: nox.Session) -> None:
 
 @needs_env
 def isa(session: nox.Session) -> None:
-    """Run the kernels on every instruction set this machine should have; fail if one is absent."""
+    """Run the kernels on every instruction set this machine should have; fail if one is absent.
+
+    Ends with a table: how many cells passed of each format on each instruction set.
+    """
     isas = expected_isas()
     session.log("expecting: %s", ", ".join(isas))
     session.run(program(session, "python"), "tools/check_symbols.py", str(BUILD / "env"))
@@ -148,6 +158,7 @@ def isa(session: nox.Session) -> None:
     session.run(*pytest, "tests/kernels", env=expect)
     for name in isas:
         session.run(*pytest, "tests/contract", env={**expect, "KT_FORCE_ISA": name})
+    session.run(program(session, "pytest"), "-q", "-m", "grid", "tests/kernels", env=expect)
 
 
 @needs_env
@@ -209,7 +220,7 @@ def families(session: nox.Session) -> None:
 @needs_env
 def outside(session: nox.Session) -> None:
     """Install a plug-in from outside this repository beside kt, and use it."""
-    slow = (program(session, "pytest"), "-m", "slow and not network")
+    slow = (program(session, "pytest"), "-m", "slow and not network and not grid")
     session.run(*slow, *session.posargs, env=TEST_ENV)
 
 

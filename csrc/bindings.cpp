@@ -53,7 +53,8 @@ kt::SourceMatrix MatrixFrom(const py::object& source) {
   m.col_stride = fields[3].cast<ptrdiff_t>();
   m.scales = Pointer<const float>(fields[4].cast<uintptr_t>());
   m.zero_points = Pointer<const uint8_t>(fields[5].cast<uintptr_t>());
-  m.output_scales = Pointer<const float>(fields[6].cast<uintptr_t>());
+  m.minimums = Pointer<const float>(fields[6].cast<uintptr_t>());
+  m.output_scales = Pointer<const float>(fields[7].cast<uintptr_t>());
   return m;
 }
 
@@ -97,8 +98,13 @@ void BindEnums(py::module_& m) {
       .value("none", kt::ScaleType::kNone)
       .value("float32", kt::ScaleType::kFloat32)
       .value("bf16", kt::ScaleType::kBf16)
+      .value("float16", kt::ScaleType::kFloat16)
       .value("e8m0", kt::ScaleType::kE8m0)
       .value("e4m3", kt::ScaleType::kE4m3);
+  py::enum_<kt::Offset>(m, "Offset")
+      .value("none", kt::Offset::kNone)
+      .value("zero_point", kt::Offset::kZeroPoint)
+      .value("minimum", kt::Offset::kMinimum);
   py::enum_<kt::ActivationKind>(m, "ActivationKind")
       .value("silu", kt::ActivationKind::kSilu)
       .value("gelu", kt::ActivationKind::kGelu)
@@ -113,19 +119,18 @@ void BindEnums(py::module_& m) {
 
 void BindSpec(py::module_& m) {
   py::class_<kt::LayerSpec>(m, "LayerSpec")
-      .def(
-          py::init([](size_t experts, size_t hidden, size_t intermediate, kt::ActivationKind kind,
-                      bool is_gated, float alpha, float limit, float up_limit, bool has_bias,
-                      kt::Element element, kt::ScaleType scale, bool has_zero_point, size_t group) {
-            return kt::LayerSpec{
-                experts,  hidden,  intermediate, {kind, is_gated, alpha, limit, up_limit},
-                has_bias, element, scale,        has_zero_point,
-                group};
-          }),
-          py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
-          py::arg("intermediate_size"), py::arg("activation"), py::arg("is_gated"),
-          py::arg("alpha"), py::arg("limit"), py::arg("up_limit"), py::arg("has_bias"),
-          py::arg("element"), py::arg("scale"), py::arg("has_zero_point"), py::arg("group"))
+      .def(py::init([](size_t experts, size_t hidden, size_t intermediate, kt::ActivationKind kind,
+                       bool is_gated, float alpha, float limit, float up_limit, bool has_bias,
+                       kt::Element element, kt::ScaleType scale, kt::Offset offset, size_t group) {
+             return kt::LayerSpec{
+                 experts,  hidden,  intermediate, {kind, is_gated, alpha, limit, up_limit},
+                 has_bias, element, scale,        offset,
+                 group};
+           }),
+           py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("activation"), py::arg("is_gated"),
+           py::arg("alpha"), py::arg("limit"), py::arg("up_limit"), py::arg("has_bias"),
+           py::arg("element"), py::arg("scale"), py::arg("offset"), py::arg("group"))
       .def_property_readonly("bytes_per_expert",
                              [](const kt::LayerSpec& s) { return kt::LayoutOf(s).bytes; });
 }

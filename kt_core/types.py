@@ -137,6 +137,8 @@ class ScaleType(StrEnum):
 
     FLOAT32 = "float32"
     BF16 = "bf16"
+    FLOAT16 = "float16"
+    """At most 65504; below 2^-14 it has fewer digits, and nothing below 2^-25."""
     E8M0 = "e8m0"
     """A power of two, 2^-127 (which counts as 0) to 2^127 (OCP Microscaling Formats 1.0)."""
     E4M3 = "e4m3"
@@ -150,7 +152,13 @@ ELEMENT_BITS = {
     Element.INT4: 4,
     Element.FP4: 4,
 }
-SCALE_BITS = {ScaleType.FLOAT32: 32, ScaleType.BF16: 16, ScaleType.E8M0: 8, ScaleType.E4M3: 8}
+SCALE_BITS = {
+    ScaleType.FLOAT32: 32,
+    ScaleType.BF16: 16,
+    ScaleType.FLOAT16: 16,
+    ScaleType.E8M0: 8,
+    ScaleType.E4M3: 8,
+}
 SMALLEST_GROUP = {Element.FP8: 16, Element.INT8: 16, Element.INT4: 32, Element.FP4: 16}
 
 
@@ -158,15 +166,18 @@ SMALLEST_GROUP = {Element.FP8: 16, Element.INT8: 16, Element.INT4: 32, Element.F
 class Format:
     """How a matrix ``[out_features, in_features]`` is stored: ``weight = scale * (code - zero)``.
 
-    Where scales are e4m3, ``scale`` is the group's times the output's.
+    With a minimum, ``weight = scale * code - minimum``. Where scales are e4m3, ``scale`` is the
+    group's times the output's.
 
     Attributes:
         name: The word the user types, such as ``int4-g32``.
         element: Type of a code. ``bf16`` codes are the weights themselves.
         scale: Type of a scale; None if and only if the element is ``bf16``.
         group_size: Consecutive input features that share a scale; None for one scale per output.
-        has_zero_point: Whether each group stores a zero point (codes then are 0..2^bits-1);
-            else codes are signed and the zero is 0.
+        has_zero_point: Whether each group stores a zero point, an integer in 0..2^bits. Codes then
+            are 0..2^bits-1; else they are signed and the zero is 0.
+        has_minimum: Whether each group stores a minimum, of the scales' type, instead. Codes are
+            0..2^bits-1 too, but no code need stand for a weight of exactly 0.
     """
 
     name: str
@@ -174,6 +185,7 @@ class Format:
     scale: ScaleType | None = None
     group_size: int | None = None
     has_zero_point: bool = False
+    has_minimum: bool = False
 
     def __post_init__(self) -> None:
         if (self.scale is None) != (self.element is Element.BF16):
@@ -188,11 +200,25 @@ class Format:
             msg = f"format {self.name!r}: group_size must be one of {known}, got {self.group_size}"
             raise ValueError(msg)
         if self.scale in {ScaleType.E8M0, ScaleType.E4M3} and self.element.is_integer:
-            msg = f"format {self.name!r}: integers have float32 or bf16 scales, not {self.scale}"
+            msg = (
+                f"format {self.name!r}: integers have float32, bf16 or float16 scales, "
+                f"not {self.scale}"
+            )
             raise ValueError(msg)
-        if self.has_zero_point and self.element is not Element.INT4:
-            msg = f"format {self.name!r}: only int4 has zero points"
+        self._check_offset()
+
+    def _check_offset(self) -> None:
+        if self.has_zero_point and self.has_minimum:
+            msg = f"format {self.name!r}: a group has a zero point or a minimum, not both"
             raise ValueError(msg)
+        if (self.has_zero_point or self.has_minimum) and self.element is not Element.INT4:
+            msg = f"format {self.name!r}: only int4 has zero points or minimums"
+            raise ValueError(msg)
+
+    @property
+    def has_signed_codes(self) -> bool:
+        """Whether codes are integers on both sides of 0."""
+        return self.element.is_integer and not (self.has_zero_point or self.has_minimum)
 
     @property
     def has_output_scale(self) -> bool:
@@ -207,7 +233,8 @@ class Format:
         """Stored bits per weight of a matrix with that many input features, padding not counted."""
         if self.scale is None:
             return float(ELEMENT_BITS[self.element])
-        per_group = SCALE_BITS[self.scale] + (8 if self.has_zero_point else 0)
+        per_group = SCALE_BITS[self.scale] * (2 if self.has_minimum else 1)
+        per_group += 8 if self.has_zero_point else 0
         scale_bits = per_group * self.num_groups(in_features) + (32 if self.has_output_scale else 0)
         return ELEMENT_BITS[self.element] + scale_bits / in_features
 

@@ -23,8 +23,14 @@ class ScaleType:
     none: ScaleType
     float32: ScaleType
     bf16: ScaleType
+    float16: ScaleType
     e8m0: ScaleType
     e4m3: ScaleType
+
+class Offset:
+    none: Offset
+    zero_point: Offset
+    minimum: Offset
 
 class ActivationKind: ...
 
@@ -43,7 +49,7 @@ class LayerSpec:
         has_bias: bool,
         element: Element,
         scale: ScaleType,
-        has_zero_point: bool,
+        offset: Offset,
         group: int,
     ) -> None: ...
     @property
@@ -68,9 +74,9 @@ class ExpertLayer:
         self,
         expert: int,
         *,
-        gate: tuple[int, DType, int, int, int, int, int] | None,
-        up: tuple[int, DType, int, int, int, int, int],
-        down: tuple[int, DType, int, int, int, int, int],
+        gate: tuple[int, DType, int, int, int, int, int, int] | None,
+        up: tuple[int, DType, int, int, int, int, int, int],
+        down: tuple[int, DType, int, int, int, int, int, int],
         gate_bias: int,
         up_bias: int,
         down_bias: int,

@@ -32,18 +32,30 @@ _DTYPES = {
     torch.float16: _kernels.DType.float16,
 }
 
+_SCALE_TYPES = {
+    ScaleType.BF16: torch.bfloat16,
+    ScaleType.FLOAT16: torch.float16,
+    ScaleType.E8M0: torch.float8_e8m0fnu,
+    ScaleType.E4M3: torch.float8_e4m3fn,
+}
+
 _PROJECTIONS = ("gate", "up", "down")
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# Address, type, strides of rows and columns in elements, addresses of scales, zero
-# points and scales of outputs.
-_Source: TypeAlias = tuple[int, _kernels.DType, int, int, int, int, int]
+# Address, type, strides of rows and columns in elements, addresses of scales, zero points, minimums
+# and scales of outputs.
+_Source: TypeAlias = tuple[int, _kernels.DType, int, int, int, int, int, int]
 
 
 def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
     """Return what csrc/ must know about a layer."""
     activation = spec.activation
     scale = weight_format.scale.value if weight_format.scale else "none"
+    offset = _kernels.Offset.none
+    if weight_format.has_zero_point:
+        offset = _kernels.Offset.zero_point
+    elif weight_format.has_minimum:
+        offset = _kernels.Offset.minimum
     return _kernels.LayerSpec(
         num_experts=spec.num_experts,
         hidden_size=spec.hidden_size,
@@ -56,7 +68,7 @@ def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
         has_bias=spec.has_bias,
         element=getattr(_kernels.Element, weight_format.element.value),
         scale=getattr(_kernels.ScaleType, scale),
-        has_zero_point=weight_format.has_zero_point,
+        offset=offset,
         group=weight_format.group_size or 0,
     )
 
@@ -393,7 +405,7 @@ class CpuExpertKernel(ExpertKernel):
             raise ValueError(msg)
         _check_on_cpu(name, tensor)
         rows, cols = tensor.stride()
-        source = (tensor.data_ptr(), _DTYPES[tensor.dtype], rows, cols, 0, 0, 0)
+        source = (tensor.data_ptr(), _DTYPES[tensor.dtype], rows, cols, 0, 0, 0, 0)
         return source, (tensor,)
 
     def _quantized_source(
@@ -421,7 +433,8 @@ class CpuExpertKernel(ExpertKernel):
             addresses[part] = kept[-1].data_ptr()
         source = (
             addresses["codes"], _kernels.DType.float32, 0, 0,
-            addresses["scales"], addresses["zero_points"], addresses["output_scales"],
+            addresses["scales"], addresses["zero_points"], addresses["minimums"],
+            addresses["output_scales"],
         )  # fmt: skip
         return source, tuple(kept)
 
@@ -454,20 +467,21 @@ def _check_range(name: str, part: str, values: torch.Tensor, weight_format: Form
     """Refuse what its packed form cannot hold: it would become another number."""
     if part in {"codes", "zero_points"} and ELEMENT_BITS[weight_format.element] == 4:
         low, high = (-8, 7) if values.dtype is torch.int8 else (0, 15)
+        # GPTQ stores zero points less one: 16 is what its 15 stands for.
+        high += part == "zero_points"
         for value in values.aminmax():
             if not low <= int(value) <= high:
                 msg = f"{name} must be in {low}..{high}, got {int(value)}"
                 raise ValueError(msg)
-    if part == "scales":
-        stored = values
-        if weight_format.scale is ScaleType.E8M0:
-            stored = values.to(torch.float8_e8m0fnu).float()
-        elif weight_format.scale is ScaleType.E4M3:
-            stored = values.to(torch.float8_e4m3fn).float()
+    stored_type = _SCALE_TYPES.get(weight_format.scale or ScaleType.FLOAT32)
+    if part in {"scales", "minimums"} and stored_type is not None:
+        stored = values.to(stored_type).float()
+        if weight_format.scale is ScaleType.E4M3:
             stored = stored.where(stored >= 0, float("nan"))
-        finite = torch.isfinite(values)
-        if not torch.equal(stored[finite], values[finite]):
-            msg = f"{name} must be numbers of the type {weight_format.scale}, not negative"
+        # What is infinite, or becomes it, is refused by csrc/, in the words for NaN.
+        is_checked = torch.isfinite(values) & ~torch.isinf(stored)
+        if not torch.equal(stored[is_checked], values[is_checked]):
+            msg = f"{name} must be numbers of the type {weight_format.scale}"
             raise ValueError(msg)
 
 

@@ -6,7 +6,7 @@ namespace {
 struct Bf16 {
   static constexpr int kValuesPerRow = 2;  // inputs in one 64-byte row
   static constexpr bool kHasScale = false;
-  static constexpr bool kHasZeroPoint = false;
+  static constexpr Offset kOffset = Offset::kNone;
   static constexpr bool kHasInt8 = false;  // no products with int8 activations
   static constexpr bool kIsBf16Operand = true;
   static constexpr bool kIsSmallFloat = false;
@@ -22,7 +22,7 @@ struct Bf16 {
       codes[i] = ToBf16(x[i]);
       bad |= (codes[i] & 0x7f80u) == 0x7f80u;
     }
-    return {bad ? HUGE_VALF : 1.0f, 0};
+    return {bad ? HUGE_VALF : 1.0f, 0, 0.0f};
   }
   static uint32_t Lane(const Code* codes) {
     return codes[0] | static_cast<uint32_t>(codes[1]) << 16;

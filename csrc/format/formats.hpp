@@ -11,7 +11,12 @@ inline auto VisitFormat(const MatrixLayout& layout, const Visitor& visitor) {
     case Element::kFp8: return visitor(Fp8{});
     case Element::kInt8: return visitor(Int8{});
     case Element::kInt4:
-      return layout.has_zero_point ? visitor(Int4<true>{}) : visitor(Int4<false>{});
+      switch (layout.offset) {
+        case Offset::kNone: return visitor(Int4<Offset::kNone>{});
+        case Offset::kZeroPoint: return visitor(Int4<Offset::kZeroPoint>{});
+        case Offset::kMinimum: return visitor(Int4<Offset::kMinimum>{});
+      }
+      break;
     case Element::kFp4: return visitor(Fp4{});
   }
   __builtin_unreachable();

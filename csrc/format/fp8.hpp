@@ -7,7 +7,7 @@ namespace {
 struct Fp8 {
   static constexpr int kValuesPerRow = 4;
   static constexpr bool kHasScale = true;
-  static constexpr bool kHasZeroPoint = false;
+  static constexpr Offset kOffset = Offset::kNone;
   static constexpr bool kHasInt8 = false;
   static constexpr bool kIsBf16Operand = false;
   static constexpr bool kIsSmallFloat = true;

@@ -1,12 +1,13 @@
-// int8 weights, stored as weight + 128: instructions that multiply unsigned by signed bytes take them
-// as they lie. A 64-byte row: for output n, inputs k..k+3 in the four bytes of lane n, low first.
+// int8 weights, stored as weight + 128: instructions that multiply unsigned by signed bytes take
+// them as they lie. A 64-byte row: for output n, inputs k..k+3 in the four bytes of lane n, low
+// first.
 namespace kt::KT_ISA {
 namespace {
 
 struct Int8 {
   static constexpr int kValuesPerRow = 4;
   static constexpr bool kHasScale = true;
-  static constexpr bool kHasZeroPoint = false;
+  static constexpr Offset kOffset = Offset::kNone;
   static constexpr bool kHasInt8 = true;
   static constexpr bool kIsBf16Operand = false;
   static constexpr bool kIsSmallFloat = false;

@@ -11,11 +11,11 @@
 //
 // A matrix [rows = outputs, cols = inputs] is cut into panels of 16 outputs. A panel is contiguous,
 // a run of blocks; a block is as many groups of inputs (1, 2 or 4) as fill whole 64-byte rows with
-// their scales and zero points, fewer in the last block:
+// their scales and offsets, fewer in the last block:
 //
-//   scales       [groups of a block][16]  float32, bfloat16, e8m0 or e5m3; absent for bf16
-//   zero points  [groups of a block][16]  uint8; absent unless the format has them
-//   weights      [inputs of its groups * bits / 32][64 bytes]
+//   scales   [groups of a block][16]  float32, float16, bfloat16, e8m0 or e5m3; absent for bf16
+//   offsets  [groups of a block][16]  zero points, uint8, or minimums, typed as scales; or absent
+//   weights  [inputs of its groups * bits / 32][64 bytes]
 //
 // Scales stand beside the weights they belong to, so that a panel is read as one stream: a second
 // stream of scales costs a third of the memory's bandwidth (docs/decisions/0003).
@@ -27,7 +27,9 @@
 //
 // One 64-byte row of weights holds, for each of the 16 outputs in turn, 4 bytes of consecutive
 // inputs: 2 bfloat16, 4 int8 or fp8, 8 int4 or fp4; in which order, csrc/format/ says. Inputs
-// are padded with zeros to a multiple of 64 and of the group size, outputs to a multiple of 16.
+// are padded to a multiple of 64 and of the group size, outputs to a multiple of 16, with zeros.
+// With a minimum, or a zero point of 16, no code need stand for 0: inputs then are padded with the
+// nearest one, and the activations it meets are 0.
 //
 // An expert is contiguous: gate panel 0, up panel 0, gate panel 1, up panel 1, ... (up panels alone
 // where there is no gate), the down panels, then float32 biases of gate, up and down.
@@ -38,7 +40,9 @@ constexpr size_t kRowBytes = 64;
 constexpr size_t kColumnPad = 64;
 
 enum class Element : uint8_t { kBf16, kFp8, kInt8, kInt4, kFp4 };
-enum class ScaleType : uint8_t { kNone, kFloat32, kBf16, kE8m0, kE4m3 };
+enum class ScaleType : uint8_t { kNone, kFloat32, kBf16, kFloat16, kE8m0, kE4m3 };
+// weight = scale * code, or scale * (code - zero point), or scale * code - minimum
+enum class Offset : uint8_t { kNone, kZeroPoint, kMinimum };
 
 [[gnu::always_inline]] constexpr size_t RoundUp(size_t n, size_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -47,7 +51,7 @@ enum class ScaleType : uint8_t { kNone, kFloat32, kBf16, kE8m0, kE4m3 };
 struct MatrixLayout {
   Element element;
   ScaleType scale;
-  bool has_zero_point;
+  Offset offset;
   size_t group;  // inputs per scale; 0: one scale per output
   size_t rows, cols;
   // Derived by MakeLayout. Without groups, or without scales, all inputs are one group.
@@ -55,8 +59,8 @@ struct MatrixLayout {
   size_t front_bytes;   // scales of outputs
   size_t block_groups;  // groups of a block
   size_t scale_bytes;   // of 16 scales
-  size_t zero_offset;   // from a block's first byte to its zero points
-  size_t header_bytes;  // scales and zero points of a block
+  size_t offset_bytes;  // of 16 zero points or minimums
+  size_t header_bytes;  // scales and offsets of a block
   size_t group_bytes;   // weights of a group
   size_t panel_bytes;
 
@@ -67,8 +71,8 @@ struct MatrixLayout {
   KT_INLINE size_t Scales(size_t group) const {
     return Block(group) + group % block_groups * scale_bytes;
   }
-  KT_INLINE size_t Zeros(size_t group) const {
-    return Block(group) + zero_offset + group % block_groups * kPanel;
+  KT_INLINE size_t Offsets(size_t group) const {
+    return Block(group) + block_groups * scale_bytes + group % block_groups * offset_bytes;
   }
   KT_INLINE size_t Weights(size_t group) const {
     return Block(group) + header_bytes + group % block_groups * group_bytes;
@@ -90,19 +94,20 @@ KT_INLINE size_t ScaleBytes(ScaleType scale) {
   switch (scale) {
     case ScaleType::kNone: return 0;
     case ScaleType::kFloat32: return 4;
-    case ScaleType::kBf16: return 2;
+    case ScaleType::kBf16:
+    case ScaleType::kFloat16: return 2;
     case ScaleType::kE8m0:
     case ScaleType::kE4m3: return 1;
   }
   __builtin_unreachable();
 }
 
-KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, bool has_zero_point,
-                                  size_t group, size_t rows, size_t cols) {
+KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, Offset offset, size_t group,
+                                  size_t rows, size_t cols) {
   MatrixLayout m{};
   m.element = element;
   m.scale = scale;
-  m.has_zero_point = has_zero_point;
+  m.offset = offset;
   m.group = group;
   m.rows = rows;
   m.cols = cols;
@@ -112,11 +117,12 @@ KT_INLINE MatrixLayout MakeLayout(Element element, ScaleType scale, bool has_zer
   m.groups = m.padded_cols / m.group_cols;
   m.front_bytes = scale == ScaleType::kE4m3 ? kPanel * sizeof(float) : 0;
   m.scale_bytes = kPanel * ScaleBytes(scale);
-  const size_t group_header = m.scale_bytes + (has_zero_point ? kPanel : 0);
+  if (offset == Offset::kZeroPoint) m.offset_bytes = kPanel;
+  if (offset == Offset::kMinimum) m.offset_bytes = m.scale_bytes;
+  const size_t group_header = m.scale_bytes + m.offset_bytes;
   m.block_groups = 1;
   if (group)
     while (m.block_groups * group_header % kRowBytes != 0) m.block_groups *= 2;
-  m.zero_offset = m.block_groups * m.scale_bytes;
   m.header_bytes = RoundUp(m.block_groups * group_header, kRowBytes);
   m.group_bytes = m.group_cols * kPanel * ElementBits(element) / 8;
   const size_t blocks = (m.groups + m.block_groups - 1) / m.block_groups;

@@ -48,15 +48,27 @@ inline uint32_t RoundMagnitude(float x) {
   return bits < static_cast<uint32_t>(127 + kSmallest) << 23 ? subnormal : normal;
 }
 
-// The scale of a group as it is stored, and its zero point.
+// The scale of a group as it is stored, and its zero point or minimum.
 struct GroupCode {
   float scale;
   uint8_t zero;
+  float minimum;
 };
+
+// To nearest, ties to even; what is too large, and NaN, becomes an infinity.
+inline uint16_t ToFloat16(float x) {
+  const uint32_t sign = BitsOf(x) >> 16 & 0x8000u;
+  // 65520 is the middle between the largest number and 2^16.
+  return static_cast<uint16_t>(sign | (fabsf(x) < 65520.0f ? RoundMagnitude<10, -14>(x) : 0x7c00u));
+}
 
 // The scale as it can be stored; infinite where that type cannot hold it.
 inline float StoredScale(float scale, ScaleType type) {
-  return type == ScaleType::kBf16 ? Bf16ToFloat(ToBf16(scale)) : scale;
+  switch (type) {
+    case ScaleType::kBf16: return Bf16ToFloat(ToBf16(scale));
+    case ScaleType::kFloat16: return Float16ToFloat(ToFloat16(scale));
+    default: return scale;
+  }
 }
 
 constexpr float kLargestE4m3 = 448.0f;
@@ -74,7 +86,37 @@ inline GroupCode QuantizeSymmetric(const float* x, size_t n, ScaleType type, flo
   for (size_t i = 0; i < n; ++i)
     codes[i] = static_cast<uint8_t>(
         static_cast<int32_t>(scale > 0 ? RoundEven(ClampTo(x[i] / scale, low, high)) : 0.0f));
-  return {scale, 0};
+  return {scale, 0, 0.0f};
+}
+
+struct Range {
+  float low, high;
+};
+
+// Of n numbers and 0.
+inline Range RangeWithZero(const float* x, size_t n) {
+  Range range{0.0f, 0.0f};
+  for (size_t i = 0; i < n; ++i) {
+    range.low = x[i] < range.low ? x[i] : range.low;
+    range.high = x[i] > range.high ? x[i] : range.high;
+  }
+  return range;
+}
+
+// weight = scale * code - minimum, codes within 0..high. The range has 0 in it, so that a group
+// padded with zeros has the scale of its weights.
+inline GroupCode QuantizeFromMinimum(const float* x, size_t n, ScaleType type, float high,
+                                     uint8_t* codes) {
+  const Range range = RangeWithZero(x, n);
+  const float minimum = StoredScale(0.0f - range.low, type);  // never -0
+  const float scale = StoredScale((range.high + minimum) / high, type);
+  if (!(scale > 0)) {
+    memset(codes, 0, n);
+    return {};
+  }
+  for (size_t i = 0; i < n; ++i)
+    codes[i] = static_cast<uint8_t>(RoundEven(ClampTo((x[i] + minimum) / scale, 0.0f, high)));
+  return {scale, 0, minimum};
 }
 
 // Small floats. `output_scale` counts where scales are e4m3.
@@ -100,7 +142,7 @@ inline GroupCode QuantizeFloat(const float* x, size_t n, ScaleType type, float o
     const float q = step > 0 ? ClampTo(x[i] / step, -Format::kLargest, Format::kLargest) : 0.0f;
     codes[i] = Format::Encode(q);
   }
-  return {scale, 0};
+  return {scale, 0, 0.0f};
 }
 
 // Reads two bfloat16 of a lane apart.

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "format/bfloat16.hpp"
+#include "format/float16.hpp"
 #include "moe/kernels.hpp"
 
 #include "format/quantize.hpp"
@@ -27,6 +28,8 @@
 #include "tile/amx.hpp"
 #endif
 
+#include "moe/product-inl.hpp"
+
 #include "moe/panel-inl.hpp"
 
 #include "moe/activation-inl.hpp"
@@ -45,6 +48,6 @@
 
 namespace kt::KT_ISA {
 extern const Kernels kKernels;
-const Kernels kKernels = {Prepare, GateUp,        Down,        Pack, Transposed, ActivationGrad,
+const Kernels kKernels = {Prepare, GateUp,        Down,         Pack, Transposed, ActivationGrad,
                           Gemm,    ActivateArray, ScratchBytes, Peak, Read};
 }  // namespace kt::KT_ISA

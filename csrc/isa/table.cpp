@@ -20,7 +20,10 @@ namespace {
 // --8<-- [start:probes]
 #if defined(__x86_64__)
 // __builtin_cpu_supports asks XCR0 too: a feature whose registers the OS does not save is absent.
-bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool HasAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 bool HasAvxVnni() { return HasAvx2() && __builtin_cpu_supports("avxvnni"); }
 bool HasAvx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

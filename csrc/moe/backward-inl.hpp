@@ -61,8 +61,7 @@ inline void TransposedPanels(const TransposedArgs& args) {
         const size_t i = at + static_cast<size_t>(m);
         float* out = args.out + p * args.out_panel_stride +
                      (args.to ? static_cast<size_t>(args.to[i]) : i) * args.out_row_stride;
-        for (int n = 0; n < (is_pair ? 2 : 1); ++n, out += args.out_panel_stride)
-          {
+        for (int n = 0; n < (is_pair ? 2 : 1); ++n, out += args.out_panel_stride) {
           const F32 x = F32::Load(sums[m][n]);
           (args.adds ? Add(F32::Load(out), x) : x).Store(out);
         }

@@ -18,9 +18,8 @@ namespace kt {
 ExpertLayout LayoutOf(const LayerSpec& s) {
   return MakeExpertLayout(
       s.activation.is_gated, s.has_bias,
-      MakeLayout(s.element, s.scale, s.has_zero_point, s.group, s.intermediate_size, s.hidden_size),
-      MakeLayout(s.element, s.scale, s.has_zero_point, s.group, s.hidden_size,
-                 s.intermediate_size));
+      MakeLayout(s.element, s.scale, s.offset, s.group, s.intermediate_size, s.hidden_size),
+      MakeLayout(s.element, s.scale, s.offset, s.group, s.hidden_size, s.intermediate_size));
 }
 
 std::unique_ptr<Scratch> ScratchPool::Take() {

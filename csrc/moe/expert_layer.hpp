@@ -20,7 +20,7 @@ struct LayerSpec {
   bool has_bias;
   Element element;
   ScaleType scale;
-  bool has_zero_point;
+  Offset offset;
   size_t group;  // 0: per output
 };
 

@@ -42,8 +42,7 @@ inline void StoreUngated(const GateUpArgs& args, size_t panel, bool is_pair, con
 
 inline void AddToOut(const DownArgs& args, size_t panel, const PairSums* sums, int n) {
   const ExpertLayout& e = *args.layout;
-  const F32 bias =
-      e.has_bias ? LoadBias(args.expert, e.DownBias(), panel) : F32::Set(0.0f);
+  const F32 bias = e.has_bias ? LoadBias(args.expert, e.DownBias(), panel) : F32::Set(0.0f);
   float* out = args.out + panel * args.out_tokens * kPanel;
   for (size_t i = 0; i < args.count; ++i) {
     float* target = out + static_cast<size_t>(args.tokens[i]) * kPanel;

@@ -34,12 +34,16 @@ struct Activation {
 //   scales        [padded_cols / group] float32                           (int8 only)
 //   corrections   [padded_cols / step] int32: -offset * sum of the step's values, so that a dot
 //                 product with weights that had `offset` added starts there    (int8 only)
+//   minus sums    [padded_cols / sum_group] float32: -1 times the sum of what the values of a group
+//                 stand for, which the group's minimum is multiplied with (weights with minimums
+//                 only, and not for float32)
 struct ActivationRows {
   Precision precision;
   size_t cols, padded_cols;
-  size_t group;  // inputs per scale
-  size_t step;   // inputs that share a scale here and in the weights
-  size_t scale_offset, correction_offset, row_bytes;
+  size_t group;      // inputs per scale
+  size_t step;       // inputs that share a scale here and in the weights
+  size_t sum_group;  // inputs that share a minimum of the weights; 0: there are no sums
+  size_t scale_offset, correction_offset, sum_offset, row_bytes;
   uint8_t* data;
 };
 
@@ -52,17 +56,19 @@ constexpr size_t kInterGroup = 32;
 
 KT_INLINE ActivationRows MakeActivationRows(Precision precision, const MatrixLayout& weights,
                                             size_t group) {
-  ActivationRows a{precision, weights.cols, weights.padded_cols, group, group, 0, 0, 0, nullptr};
+  ActivationRows a{precision, weights.cols, weights.padded_cols, group, group, 0, 0, 0, 0,
+                   0,         nullptr};
   if (weights.group && weights.group < group) a.step = weights.group;
   const size_t value_bytes = precision == Precision::kFloat32 ? 4
                              : precision == Precision::kBf16  ? 2
                                                               : 1;
   a.scale_offset = a.padded_cols * value_bytes;
   a.correction_offset = a.scale_offset + a.padded_cols / group * 4;
-  a.row_bytes =
-      RoundUp(precision == Precision::kInt8 ? a.correction_offset + a.padded_cols / a.step * 4
-                                            : a.scale_offset,
-              kRowBytes);
+  a.sum_offset = precision == Precision::kInt8 ? a.correction_offset + a.padded_cols / a.step * 4
+                                               : a.scale_offset;
+  if (weights.offset == Offset::kMinimum && precision != Precision::kFloat32)
+    a.sum_group = weights.group_cols;
+  a.row_bytes = RoundUp(a.sum_offset + (a.sum_group ? weights.groups * 4 : 0), kRowBytes);
   return a;
 }
 
@@ -114,7 +120,7 @@ struct DownArgs {
 // The matrix that a transposed product multiplies with: inputs and outputs have changed places, and
 // `matrices` of the same shape stand side by side, so that one sum runs over the outputs of all.
 KT_INLINE MatrixLayout TransposedLayout(const MatrixLayout& m, size_t matrices) {
-  MatrixLayout t = MakeLayout(Element::kBf16, ScaleType::kNone, false, 0, m.cols, m.rows);
+  MatrixLayout t = MakeLayout(Element::kBf16, ScaleType::kNone, Offset::kNone, 0, m.cols, m.rows);
   t.group_cols *= matrices;
   return t;
 }
@@ -166,13 +172,14 @@ struct GemmArgs {
 };
 
 // One matrix to pack: dense (element [r, c] at data + r * row_stride + c * col_stride, in
-// elements), or already quantised, with contiguous canonical codes, scales and zero points.
+// elements), or already quantised, with contiguous canonical codes, scales and offsets.
 struct SourceMatrix {
   const void* data;
   DType type;
   ptrdiff_t row_stride, col_stride;
   const float* scales;         // null: dense, to be quantised
   const uint8_t* zero_points;  // with scales
+  const float* minimums;       // with scales
   const float* output_scales;  // [rows], with scales that are e4m3
 };
 

@@ -3,20 +3,6 @@
 namespace kt::KT_ISA {
 namespace {
 
-inline float HalfToFloat(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  const uint32_t exponent = (h >> 10) & 31u, mantissa = h & 1023u;
-  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24, exact in float32
-    const float x = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -x : x;
-  }
-  const uint32_t bits =
-      sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | (mantissa << 13);
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
 // n elements, `stride` apart, as float32.
 inline void LoadElements(const SourceMatrix& s, ptrdiff_t at, ptrdiff_t stride, size_t n,
                          float* to) {
@@ -31,7 +17,7 @@ inline void LoadElements(const SourceMatrix& s, ptrdiff_t at, ptrdiff_t stride, 
   } else if (s.type == DType::kBf16) {
     for (size_t i = 0; i < n; ++i) to[i] = Bf16ToFloat(p[static_cast<ptrdiff_t>(i) * stride]);
   } else {
-    for (size_t i = 0; i < n; ++i) to[i] = HalfToFloat(p[static_cast<ptrdiff_t>(i) * stride]);
+    for (size_t i = 0; i < n; ++i) to[i] = Float16ToFloat(p[static_cast<ptrdiff_t>(i) * stride]);
   }
 }
 
@@ -62,13 +48,15 @@ inline bool AllFinite(const float* x, size_t n) {
   return bad == 0;
 }
 
-inline void StoreScale(uint8_t* panel, const MatrixLayout& m, size_t group, size_t output,
-                       float scale) {
-  uint8_t* scales = panel + m.Scales(group);
-  switch (m.scale) {
+// A scale, or a minimum, among the 16 at `scales`.
+inline void StoreScale(uint8_t* scales, ScaleType type, size_t output, float scale) {
+  switch (type) {
     case ScaleType::kNone: return;
     case ScaleType::kFloat32: memcpy(scales + output * 4, &scale, 4); return;
     case ScaleType::kBf16: reinterpret_cast<uint16_t*>(scales)[output] = ToBf16(scale); return;
+    case ScaleType::kFloat16:
+      reinterpret_cast<uint16_t*>(scales)[output] = ToFloat16(scale);
+      return;
     case ScaleType::kE8m0: scales[output] = static_cast<uint8_t>(BitsOf(scale) >> 23); return;
     case ScaleType::kE4m3:  // as e5m3: see format/layout.hpp
       scales[output] = scale > 0 ? static_cast<uint8_t>((BitsOf(scale) >> 20) - (117 << 3)) : 0;
@@ -114,16 +102,18 @@ inline bool QuantizePanel(const PackArgs& args, size_t panel, float* values, uin
       const size_t first = g * m.group_cols;
       const GroupCode group = Format::Quantize(row + first, m.group_cols, m, output_scale,
                                                codes + n * m.padded_cols + first);
-      ok &= IsFinite(group.scale);
-      StoreScale(target, m, g, n, group.scale);
-      if (m.has_zero_point) target[m.Zeros(g) + n] = group.zero;
+      ok &= IsFinite(group.scale) && IsFinite(group.minimum);
+      StoreScale(target + m.Scales(g), m.scale, n, group.scale);
+      if (Format::kOffset == Offset::kZeroPoint) target[m.Offsets(g) + n] = group.zero;
+      if (Format::kOffset == Offset::kMinimum)
+        StoreScale(target + m.Offsets(g), m.scale, n, group.minimum);
     }
   }
   InterleaveCodes<Format>(codes, m, target);
   return ok;
 }
 
-// Already quantised: codes [rows, cols], scales and zero points [rows, groups of cols].
+// Already quantised: codes [rows, cols], scales and offsets [rows, groups of cols].
 template <class Format>
 inline bool CopyPanel(const PackArgs& args, size_t panel, uint8_t* codes, uint8_t* target) {
   const MatrixLayout& m = *args.layout;
@@ -147,14 +137,24 @@ inline bool CopyPanel(const PackArgs& args, size_t panel, uint8_t* codes, uint8_
     for (size_t g = 0; g < source_groups; ++g) {
       const float scale = s.scales[row * source_groups + g];
       ok &= IsFinite(StoredScale(scale, m.scale));
-      StoreScale(target, m, g, n, scale);
+      StoreScale(target + m.Scales(g), m.scale, n, scale);
       const size_t first = g * m.group_cols, end = first + m.group_cols;
       if (m.scale == ScaleType::kE4m3 && scale == 0)  // e5m3 has no other way to say so
         for (size_t i = first; i < end; ++i) c[i] = Format::FromCanonical(0);
-      if (!m.has_zero_point) continue;
-      const uint8_t zero = s.zero_points[row * source_groups + g];
-      target[m.Zeros(g) + n] = zero;
-      for (size_t i = m.cols; i < end; ++i) c[i] = zero;  // inputs beyond the last are worth 0
+      if constexpr (Format::kOffset == Offset::kZeroPoint) {
+        const uint8_t zero = s.zero_points[row * source_groups + g];
+        target[m.Offsets(g) + n] = zero;
+        for (size_t i = m.cols; i < end; ++i) c[i] = zero < 15 ? zero : 15;
+      }
+      if constexpr (Format::kOffset == Offset::kMinimum) {
+        const float minimum = s.minimums[row * source_groups + g];
+        ok &= IsFinite(StoredScale(minimum, m.scale));
+        StoreScale(target + m.Offsets(g), m.scale, n, minimum);
+        // What quantising makes of zeros behind the last input.
+        const float nearest = ClampTo(minimum / scale, 0.0f, Format::kLargestCode);
+        const uint8_t code = scale > 0 ? static_cast<uint8_t>(RoundEven(nearest)) : 0;
+        for (size_t i = m.cols; i < end; ++i) c[i] = code;
+      }
     }
   }
   InterleaveCodes<Format>(codes, m, target);

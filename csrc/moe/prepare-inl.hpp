@@ -24,8 +24,8 @@ inline void LoadInputs(const PrepareArgs& args, size_t row, size_t first, size_t
   }
 }
 
-// values = round(x / scale), scale = max|x| / 127, over one group, a multiple of 16. corrections: one
-// for each `step` of them, `zero` times their sum.
+// values = round(x / scale), scale = max|x| / 127, over one group, a multiple of 16. corrections:
+// one for each `step` of them, `zero` times their sum.
 inline void QuantizeGroup(const float* x, const ActivationRows& rows, int32_t zero, int8_t* values,
                           float* scale, int32_t* corrections) {
   F32 peak = F32::Set(0.0f), poison = F32::Set(0.0f);
@@ -61,6 +61,30 @@ inline int32_t DotZero(const MatrixLayout& weights) {
   });
 }
 
+// What minimums are multiplied with, of a row whose values are there.
+inline void StoreMinusSums(const ActivationRows& rows, uint8_t* row) {
+  const int8_t* bytes = reinterpret_cast<const int8_t*>(row);
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
+  const float* scales = reinterpret_cast<const float*>(row + rows.scale_offset);
+  float* minus_sums = reinterpret_cast<float*>(row + rows.sum_offset);
+  for (size_t first = 0; first < rows.padded_cols; first += rows.sum_group) {
+    const size_t end = first + rows.sum_group;
+    float sum = 0.0f;
+    if (rows.precision == Precision::kInt8) {
+      for (size_t k = first; k < end; k += rows.step) {
+        int32_t codes = 0;
+        for (size_t i = k; i < k + rows.step; ++i) codes += bytes[i];
+        sum += static_cast<float>(codes) * scales[k / rows.group];
+      }
+    } else {
+      F32 lanes = F32::Set(0.0f);
+      for (size_t k = first; k < end; k += kPanel) lanes = Add(lanes, F32::LoadBf16(halves + k));
+      sum = ReduceAdd(lanes);
+    }
+    *minus_sums++ = -sum;
+  }
+}
+
 void Prepare(const PrepareArgs& args) {
   const ActivationRows& rows = args.rows;
   const int32_t zero = DotZero(*args.weights);
@@ -85,6 +109,7 @@ void Prepare(const PrepareArgs& args) {
                     corrections);
       corrections += rows.group / rows.step;
     }
+    if (rows.sum_group) StoreMinusSums(rows, row);
   }
 }
 

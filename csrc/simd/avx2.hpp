@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-// 16 lanes as two 256-bit registers. Needs AVX2, FMA; the int8 products take VNNI where the
+// 16 lanes as two 256-bit registers. Needs AVX2, FMA, F16C; the int8 products take VNNI where the
 // translation unit is built with it: as AVX-VNNI, or in the encoding of AVX-512VL, which is the
 // same instruction on processors without AVX-VNNI. The words are explained in simd/scalar.hpp.
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
@@ -32,6 +32,10 @@ struct F32 {
     const __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(raw, 1));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
             _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  }
+  static F32 LoadF16(const uint16_t* p) {
+    const __m128i* halves = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
   }
   void Store(float* p) const {
     _mm256_storeu_ps(p, lo);

@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "format/float16.hpp"
+
 // The vocabulary of one ISA: 16 lanes, the outputs of one packed panel, whatever the width of the
 // machine's registers. This one is plain C++: slow, portable, and what the others are read against.
 namespace kt::KT_ISA {
@@ -11,7 +13,7 @@ namespace {
 
 constexpr int kTokenBlock = 2;      // tokens that share one pass over a panel
 constexpr int kBf16TokenBlock = 2;  // the same, many tokens in bfloat16
-constexpr int kInt8Offset = 0;  // DotI8 multiplies by (weight + kInt8Offset)
+constexpr int kInt8Offset = 0;      // DotI8 multiplies by (weight + kInt8Offset)
 
 struct I32;
 
@@ -33,6 +35,11 @@ struct F32 {
       const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
       memcpy(&r.v[i], &bits, 4);
     }
+    return r;
+  }
+  static F32 LoadF16(const uint16_t* p) {
+    F32 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = Float16ToFloat(p[i]);
     return r;
   }
   void Store(float* p) const { memcpy(p, v, sizeof v); }

@@ -18,14 +18,34 @@ inline F32 LoadScales(const uint8_t* scales, ScaleType type) {
   if constexpr (!Format::kHasScale) return F32::Set(1.0f);
   if (type == ScaleType::kFloat32) return F32::Load(reinterpret_cast<const float*>(scales));
   if (type == ScaleType::kBf16) return F32::LoadBf16(reinterpret_cast<const uint16_t*>(scales));
+  if (type == ScaleType::kFloat16) return F32::LoadF16(reinterpret_cast<const uint16_t*>(scales));
   const I32 byte = I32::LoadU8(scales);
   if (type == ScaleType::kE8m0) return AsF32(Shl(byte, 23));
   return AsF32(Add(Shl(byte, 20), I32::Set(117 << 23)));  // e5m3: see format/layout.hpp
 }
 
+// -1 times the sum of the activations of a group of weights: see ActivationRows.
+inline F32 MinusSum(const ActivationRows& rows, const uint8_t* a, size_t group) {
+  return F32::Set(reinterpret_cast<const float*>(a + rows.sum_offset)[group]);
+}
+
+// What a group stores beside its scales, for 16 outputs: see Offset. The other one is unused.
+struct Offsets {
+  I32 zero;
+  F32 minimum;
+};
+template <class Format>
+inline Offsets LoadOffsets(const uint8_t* offsets, ScaleType type) {
+  if constexpr (Format::kOffset == Offset::kZeroPoint)
+    return {I32::LoadU8(offsets), F32::Set(0.0f)};
+  if constexpr (Format::kOffset == Offset::kMinimum)
+    return {I32::Set(0), LoadScales<Format>(offsets, type)};
+  return {I32::Set(0), F32::Set(0.0f)};
+}
+
 // Where a group of a packed panel lies.
 struct GroupAt {
-  const uint8_t *scales, *zeros, *weights;
+  const uint8_t *scales, *offsets, *weights;
 };
 
 // Calls body(GroupAt) for groups first..last-1 of a packed panel, in the order of the bytes. The
@@ -36,21 +56,16 @@ inline void ForGroupsAt(const uint8_t* panel, const MatrixLayout& m, size_t firs
   panel += m.Block(first);
   for (; first < last; first += m.block_groups) {
     const size_t end = first + m.block_groups < last ? first + m.block_groups : last;
-    GroupAt at{panel, panel + m.zero_offset, panel + m.header_bytes};
+    GroupAt at{panel, panel + m.block_groups * m.scale_bytes, panel + m.header_bytes};
     for (size_t g = first; g < end; ++g) {
       body(at);
-      at.scales += m.scale_bytes, at.zeros += kPanel, at.weights += m.group_bytes;
+      at.scales += m.scale_bytes, at.offsets += m.offset_bytes, at.weights += m.group_bytes;
     }
     panel = at.weights;
   }
 }
 
-template <class Format>
-inline I32 LoadZeros(const uint8_t* zeros) {
-  return Format::kHasZeroPoint ? I32::LoadU8(zeros) : I32::Set(0);
-}
-
-// The same as body(scales, zeros, weights).
+// The same as body(scales, offsets, weights).
 template <class Format, class Body>
 inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, size_t first, size_t last,
                       const Body& body) {
@@ -59,8 +74,30 @@ inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, size_t first,
   ForGroupsAt(panel, m, first, last, [&](GroupAt at) {
     F32 scale = LoadScales<Format>(at.scales, m.scale);
     if (m.front_bytes) scale = Mul(scale, output_scales);
-    body(scale, LoadZeros<Format>(at.zeros), at.weights);
+    body(scale, LoadOffsets<Format>(at.offsets, m.scale), at.weights);
   });
+}
+template <class Format, class Body>
+inline void ForGroups(const uint8_t* panel, const MatrixLayout& m, const Body& body) {
+  ForGroups<Format>(panel, m, 0, m.groups, body);
+}
+
+// The weights of input j of a row, in float32.
+template <class Format>
+inline F32 Dequantize(I32 row, int j, F32 scale, Offsets offsets) {
+  F32 value = Format::Value(row, j);
+  if constexpr (Format::kOffset == Offset::kZeroPoint) value = Sub(value, ToF32(offsets.zero));
+  if constexpr (Format::kHasScale) value = Mul(value, scale);
+  if constexpr (Format::kOffset == Offset::kMinimum) value = Sub(value, offsets.minimum);
+  return value;
+}
+
+// sums[m] -= minimum * sum of the group's activations, which Prepare() has taken.
+template <class Format, int M>
+inline void AddMinimums(F32 minimum, const ActivationRows& rows, const uint8_t* const* a,
+                        size_t group, F32 (&sums)[M]) {
+  if constexpr (Format::kOffset == Offset::kMinimum)
+    for (int m = 0; m < M; ++m) sums[m] = MulAdd(minimum, MinusSum(rows, a[m], group), sums[m]);
 }
 
 // Few sums in flight would wait for each other: such a block has two of each.
@@ -78,9 +115,9 @@ inline void StreamInt8(const uint8_t* panel, const MatrixLayout& layout, const A
   const int scale_shift = __builtin_ctzll(rows.group / kStep);
   F32 sums[M];  // not `out`: the compiler would store it in every step
   for (F32& sum : sums) sum = F32::Set(0.0f);
-  size_t s = 0;
-  ForGroups<Format>(panel, layout, 0, layout.groups, [&](F32 scale, I32 zero, const uint8_t* weights) {
-    const I32 offset = Format::DotOffset(zero);
+  size_t s = 0, group = 0;
+  ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* weights) {
+    const I32 offset = Format::DotOffset(offsets.zero);
     F32 group_sums[M];
     for (F32& sum : group_sums) sum = F32::Set(0.0f);
     for (const size_t end = s + steps_per_group; s < end; ++s, weights += kRows * kRowBytes) {
@@ -108,21 +145,22 @@ inline void StreamInt8(const uint8_t* panel, const MatrixLayout& layout, const A
       }
     }
     for (int m = 0; m < M; ++m) sums[m] = MulAdd(group_sums[m], scale, sums[m]);
+    AddMinimums<Format>(offsets.minimum, rows, a, group++, sums);
   });
   for (int m = 0; m < M; ++m) out[m] = sums[m];
 }
 
 // out[m] = sum over groups of scale * dot, the products of bfloat16 summed in float32.
 template <class Format, int M>
-inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const uint8_t* const* a,
-                       F32 (&out)[M]) {
+inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const ActivationRows& rows,
+                       const uint8_t* const* a, F32 (&out)[M]) {
   constexpr int C = kChains<M>;
   constexpr int kOperands = Format::kValuesPerRow / 2;  // of two inputs each
   constexpr int kRows = 16 / Format::kValuesPerRow;     // unrolled: 16 inputs
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
-  size_t k = 0;
-  ForGroups<Format>(panel, layout, 0, layout.groups, [&](F32 scale, I32 zero, const uint8_t* weights) {
+  size_t k = 0, group = 0;
+  ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* weights) {
     F32 acc[C][M];
     for (auto& chain : acc)
       for (F32& sum : chain) sum = F32::Set(0.0f);
@@ -131,7 +169,7 @@ inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const u
         const I32 row = LoadStreamed(weights + r * kRowBytes);
         for (int i = 0; i < kOperands; ++i) {
           const int chain = (r * kOperands + i) % C;
-          const I32 operand = Format::Bf16Operand(row, i, zero);
+          const I32 operand = Format::Bf16Operand(row, i, offsets.zero);
           const size_t at = k + static_cast<size_t>(r * Format::kValuesPerRow + 2 * i);
           for (int m = 0; m < M; ++m)
             acc[chain][m] = DotBf16(acc[chain][m], operand, a[m] + 2 * at);
@@ -139,25 +177,23 @@ inline void StreamBf16(const uint8_t* panel, const MatrixLayout& layout, const u
       }
     for (int m = 0; m < M; ++m)
       sums[m] = MulAdd(C > 1 ? Add(acc[0][m], acc[C - 1][m]) : acc[0][m], scale, sums[m]);
+    AddMinimums<Format>(offsets.minimum, rows, a, group++, sums);
   });
   for (int m = 0; m < M; ++m) out[m] = sums[m];
 }
 
-// out[m] = sum of (value - zero) * scale * a, all in float32: the exact mode.
+// out[m] = sum of ((value - zero) * scale - minimum) * a, all in float32: the exact mode.
 template <class Format, int M>
 inline void StreamF32(const uint8_t* panel, const MatrixLayout& layout, const uint8_t* const* a,
                       F32 (&out)[M]) {
   F32 sums[M];
   for (F32& sum : sums) sum = F32::Set(0.0f);
   size_t k = 0;
-  ForGroups<Format>(panel, layout, 0, layout.groups, [&](F32 scale, I32 zeros, const uint8_t* weights) {
-    const F32 zero = ToF32(zeros);
+  ForGroups<Format>(panel, layout, [&](F32 scale, Offsets offsets, const uint8_t* weights) {
     for (const size_t end = k + layout.group_cols; k < end; weights += kRowBytes) {
       const I32 row = I32::Load(weights);
       for (int j = 0; j < Format::kValuesPerRow; ++j, ++k) {
-        F32 value = Format::Value(row, j);
-        if (Format::kHasZeroPoint) value = Sub(value, zero);
-        if (Format::kHasScale) value = Mul(value, scale);
+        const F32 value = Dequantize<Format>(row, j, scale, offsets);
         for (int m = 0; m < M; ++m)
           sums[m] = MulAdd(value, F32::Set(reinterpret_cast<const float*>(a[m])[k]), sums[m]);
       }

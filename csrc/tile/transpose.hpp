@@ -5,13 +5,13 @@ namespace {
 
 // Where inputs first..first+15 of every panel lie: they never straddle two groups.
 struct InputBlock {
-  size_t scales, zeros, weights;  // offsets from a panel's first byte
+  size_t scales, offsets, weights;  // in bytes from a panel's first one
 };
 
 template <class Format>
 inline InputBlock BlockOfInputs(const MatrixLayout& m, size_t first) {
   const size_t group = first / m.group_cols, in_group = first % m.group_cols;
-  return {m.Scales(group), m.Zeros(group),
+  return {m.Scales(group), m.Offsets(group),
           m.Weights(group) + in_group / Format::kValuesPerRow * kRowBytes};
 }
 
@@ -21,18 +21,13 @@ inline void DequantizeBlock(const uint8_t* panel, const InputBlock& at, const Ma
                             F32 (&values)[kPanel]) {
   F32 scale = LoadScales<Format>(panel + at.scales, m.scale);
   if (m.front_bytes) scale = Mul(scale, F32::Load(reinterpret_cast<const float*>(panel)));
-  const F32 zero = Format::kHasZeroPoint ? ToF32(I32::LoadU8(panel + at.zeros)) : F32::Set(0.0f);
+  const Offsets offsets = LoadOffsets<Format>(panel + at.offsets, m.scale);
   constexpr int V = Format::kValuesPerRow;
 #pragma GCC unroll 8
   for (int r = 0; r < static_cast<int>(kPanel) / V; ++r) {
     const I32 row = I32::Load(panel + at.weights + static_cast<size_t>(r) * kRowBytes);
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) {
-      F32 value = Format::Value(row, j);
-      if (Format::kHasZeroPoint) value = Sub(value, zero);
-      if (Format::kHasScale) value = Mul(value, scale);
-      values[r * V + j] = value;
-    }
+    for (int j = 0; j < V; ++j) values[r * V + j] = Dequantize<Format>(row, j, scale, offsets);
   }
 }
 

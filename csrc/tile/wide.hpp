@@ -37,7 +37,8 @@ using PairSums = float[2][kPanel];
 template <int M>
 inline void LoadSums(const PairSums* from, F32 (&sums)[M][2]) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) sums[m][0] = F32::Load(from[m][0]), sums[m][1] = F32::Load(from[m][1]);
+  for (int m = 0; m < M; ++m)
+    sums[m][0] = F32::Load(from[m][0]), sums[m][1] = F32::Load(from[m][1]);
 }
 template <int M>
 inline void StoreSums(const F32 (&sums)[M][2], PairSums* to) {
@@ -49,11 +50,12 @@ inline void StoreSums(const F32 (&sums)[M][2], PairSums* to) {
 struct PairOfRows {
   const uint8_t* rows[2];
   F32 scales[2];
-  I32 zeros[2];
+  I32 offsets[2];  // of operands: see DotOffset() in csrc/format/
 };
 
-// Calls body(PairOfRows, inputs) for the groups of a range of two panels, the second of which begins
-// `to_second` bytes behind the first. Where all inputs are one group, once, and without its scales.
+// Calls body(PairOfRows, inputs) for the groups of a range of two panels, the second of which
+// begins `to_second` bytes behind the first. Where all inputs are one group, once, and without its
+// scales.
 template <class Format, bool kIsGrouped, class Body>
 inline void ForPairGroups(const uint8_t* panel, size_t to_second, InputRange range,
                           const MatrixLayout& m, const Body& body) {
@@ -61,7 +63,8 @@ inline void ForPairGroups(const uint8_t* panel, size_t to_second, InputRange ran
     PairOfRows pair;
     for (size_t n = 0; n < 2; ++n) {
       pair.rows[n] = at.weights + n * to_second;
-      pair.zeros[n] = LoadZeros<Format>(at.zeros + n * to_second);
+      const Offsets stored = LoadOffsets<Format>(at.offsets + n * to_second, m.scale);
+      pair.offsets[n] = Format::DotOffset(stored.zero);
       if (kIsGrouped) pair.scales[n] = LoadScales<Format>(at.scales + n * to_second, m.scale);
     }
     body(pair, inputs);
@@ -90,7 +93,6 @@ template <class Format, bool kIsGrouped, int kStep, int M>
   F32 sums[M][2];  // not `out`: the compiler would store it in every step
   LoadSums(out, sums);
   ForPairGroups<Format, kIsGrouped>(panel, to_second, range, layout, [&](PairOfRows p, size_t n) {
-    const I32 offsets[2] = {Format::DotOffset(p.zeros[0]), Format::DotOffset(p.zeros[1])};
     for (const size_t end = s + n / kStep; s < end; ++s) {
       I32 acc[M][2];
       for (int m = 0; m < M; ++m)
@@ -101,8 +103,8 @@ template <class Format, bool kIsGrouped, int kStep, int M>
       for (int r = 0; r < kRows; ++r, p.rows[0] += kRowBytes, p.rows[1] += kRowBytes) {
         const I32 left = I32::Load(p.rows[0]), right = I32::Load(p.rows[1]);
         for (int i = 0; i < Format::kDotsPerRow; ++i) {
-          const I32 first = Format::DotOperand(left, i, offsets[0]);
-          const I32 second = Format::DotOperand(right, i, offsets[1]);
+          const I32 first = Format::DotOperand(left, i, p.offsets[0]);
+          const I32 second = Format::DotOperand(right, i, p.offsets[1]);
           for (int m = 0; m < M; ++m) {
             const uint8_t* inputs = a[m] + s * kStep + r * Format::kValuesPerRow + 4 * i;
             acc[m][0] = Dot<Format::kIsSigned>(acc[m][0], first, inputs);

@@ -39,7 +39,9 @@ Format: TypeAlias = Annotated[
         "--format",
         "NAME",
         _EXPERTS,
-        "bf16, int8, int4, int4-g32 ...; auto: the first of bf16, int8, int4 that fits.",
+        "bf16, int8, int4, fp8, mxfp4, nvfp4; of integers also -g32, -g64, -g128 (inputs to a "
+        "scale), then -f16 (float16 scales), then -asym (zero points) or -min (minimums): "
+        "int4-g128-f16-asym. auto: the first of bf16, int8, int4 that fits.",
         autocompletion=complete_format,
     ),
 ]

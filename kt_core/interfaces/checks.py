@@ -53,10 +53,10 @@ def check_finite(weights: ExpertWeights) -> None:
 
     for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
         value = getattr(weights, name)
-        numbers = value
+        parts = [value]
         if isinstance(value, QuantizedTensor):
-            numbers = value.codes if value.scales is None else value.scales
-        if numbers is not None and not torch.isfinite(numbers).all():
+            parts = [value.codes] if value.scales is None else [value.scales, value.minimums]
+        if not all(part is None or torch.isfinite(part).all() for part in parts):
             msg = f"{name} holds a NaN or an infinity"
             raise ValueError(msg)
 

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 class QuantizedTensor:
     """One matrix ``[out_features, in_features]`` in canonical, unpacked form.
 
-    ``weight = scale * (code - zero_point)``, the scale of input feature ``i`` being in column
-    ``i // group_size``.
+    ``weight = scale * (code - zero_point)``, or ``scale * code - minimum``, the scale of input
+    feature ``i`` being in column ``i // group_size``.
 
     Attributes:
         weight_format: What the numbers mean.
         codes: ``[out, in]``: bfloat16 (the weights), float8_e4m3fn, int8 (signed integers) or
-            uint8 (integers with a zero point; the bits of an fp4, one to the byte).
+            uint8 (integers with a zero point or a minimum; the bits of an fp4, one to the byte).
         scales: ``[out, groups]`` float32 holding values the format's scale type can represent;
             None for bf16.
-        zero_points: ``[out, groups]`` uint8; None for a format without.
+        zero_points: ``[out, groups]`` uint8, at most one more than the largest code; None for a
+            format without.
+        minimums: ``[out, groups]`` float32 holding values the format's scale type can represent;
+            None for a format without.
         output_scales: ``[out]`` float32, which multiply the scales of an output's groups; None for
             a format without.
     """
@@ -34,6 +37,7 @@ class QuantizedTensor:
     codes: torch.Tensor
     scales: torch.Tensor | None = None
     zero_points: torch.Tensor | None = None
+    minimums: torch.Tensor | None = None
     output_scales: torch.Tensor | None = None
 
 
@@ -43,21 +47,20 @@ def stored_parts(
     """Return shape and dtype of each tensor of a ``QuantizedTensor``; None for those it lacks."""
     import torch
 
-    if weight_format.has_zero_point:
-        codes = torch.uint8
-    else:
-        codes = {
-            Element.BF16: torch.bfloat16,
-            Element.FP8: torch.float8_e4m3fn,
-            Element.INT8: torch.int8,
-            Element.INT4: torch.int8,
-            Element.FP4: torch.uint8,
-        }[weight_format.element]
+    integer = torch.int8 if weight_format.has_signed_codes else torch.uint8
+    codes = {
+        Element.BF16: torch.bfloat16,
+        Element.FP8: torch.float8_e4m3fn,
+        Element.INT8: integer,
+        Element.INT4: integer,
+        Element.FP4: torch.uint8,
+    }[weight_format.element]
     groups = (out_features, weight_format.num_groups(in_features))
     return {
         "codes": ((out_features, in_features), codes),
         "scales": None if weight_format.scale is None else (groups, torch.float32),
         "zero_points": (groups, torch.uint8) if weight_format.has_zero_point else None,
+        "minimums": (groups, torch.float32) if weight_format.has_minimum else None,
         "output_scales": (
             ((out_features,), torch.float32) if weight_format.has_output_scale else None
         ),

@@ -32,24 +32,35 @@ class ReferenceFormat(WeightFormat):
         return reference.dequantize(quantized)
 
 
-def _int4(group_size: int, *, has_zero_point: bool = False) -> Format:
-    suffix = "-asym" if has_zero_point else ""
-    return Format(
-        name=f"int4-g{group_size}{suffix}",
-        element=Element.INT4,
-        scale=ScaleType.BF16,
-        group_size=group_size,
-        has_zero_point=has_zero_point,
-    )
+_SIZES = (32, 64, 128)
+_INTEGERS_IN_GROUPS: tuple[tuple[Element, ScaleType, str, tuple[int, ...]], ...] = (
+    (Element.INT8, ScaleType.BF16, "", (16, *_SIZES)),
+    (Element.INT8, ScaleType.FLOAT16, "", (32,)),  # GGUF's Q8_0
+    (Element.INT4, ScaleType.BF16, "", _SIZES),
+    (Element.INT4, ScaleType.BF16, "asym", _SIZES),
+    (Element.INT4, ScaleType.BF16, "min", _SIZES),
+    (Element.INT4, ScaleType.FLOAT16, "", _SIZES),  # Q4_0 is in groups of 32
+    (Element.INT4, ScaleType.FLOAT16, "asym", _SIZES),  # GPTQ, AWQ
+    (Element.INT4, ScaleType.FLOAT16, "min", (32,)),  # Q4_1
+    # Q4_K: its factors of 6 bits, multiplied out, are exact in float32.
+    (Element.INT4, ScaleType.FLOAT32, "min", (32,)),
+)
+_SCALE_WORDS = {ScaleType.BF16: "", ScaleType.FLOAT16: "f16", ScaleType.FLOAT32: "f32"}
 
 
-def _int8(group_size: int) -> Format:
-    return Format(
-        name=f"int8-g{group_size}",
-        element=Element.INT8,
-        scale=ScaleType.BF16,
+def _integer(element: Element, scale: ScaleType, offset: str, group_size: int) -> ReferenceFormat:
+    """Integers in groups: the name says the scales' type where it is not bf16."""
+    words = (element, f"g{group_size}", _SCALE_WORDS[scale], offset)
+    name = "-".join(word for word in words if word)
+    descriptor = Format(
+        name=name,
+        element=element,
+        scale=scale,
         group_size=group_size,
+        has_zero_point=offset == "asym",
+        has_minimum=offset == "min",
     )
+    return ReferenceFormat(descriptor, aliases=("int4",) if name == "int4-g32" else ())
 
 
 def _float(name: str, element: Element, scale: ScaleType, group_size: int | None) -> Format:
@@ -59,10 +70,11 @@ def _float(name: str, element: Element, scale: ScaleType, group_size: int | None
 BUILT_IN_FORMATS: tuple[WeightFormat, ...] = (
     ReferenceFormat(Format(name="bf16", element=Element.BF16)),
     ReferenceFormat(Format(name="int8", element=Element.INT8, scale=ScaleType.FLOAT32)),
-    *(ReferenceFormat(_int8(size)) for size in (16, 32, 64, 128)),
-    ReferenceFormat(_int4(32), aliases=("int4",)),
-    *(ReferenceFormat(_int4(size)) for size in (64, 128)),
-    *(ReferenceFormat(_int4(size, has_zero_point=True)) for size in (32, 64, 128)),
+    *(
+        _integer(element, scale, offset, size)
+        for element, scale, offset, sizes in _INTEGERS_IN_GROUPS
+        for size in sizes
+    ),
     # The scales of checkpoints in blocks of 128 x 128 are repeated for the outputs of a block.
     ReferenceFormat(_float("fp8", Element.FP8, ScaleType.FLOAT32, 128)),
     ReferenceFormat(_float("fp8-channel", Element.FP8, ScaleType.FLOAT32, None)),

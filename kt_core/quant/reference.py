@@ -5,14 +5,16 @@ Backends must store the same codes and scales, bit for bit. Round-to-nearest, ti
 * symmetric: ``scale = max|w| / 7`` (int4) or ``/ 127`` (int8), ``code = round(w / scale)``;
 * with zero point: ``scale = (max(w, 0) - min(w, 0)) / 15``, ``zero = round(-min(w, 0) / scale)``,
   ``code = round(w / scale) + zero``;
+* with minimum: ``minimum = -min(w, 0)``, ``scale = (max(w, 0) + minimum) / 15``,
+  ``code = round((w + minimum) / scale)``;
 * fp8 and fp4: ``scale = max|w| / 448`` or ``/ 6``, ``code`` the nearest number of that type;
 * with e8m0 scales: ``scale = 2^(floor(log2(max|w|)) - 8)`` or ``- 2``; what then lies beyond the
   largest number is clamped (OCP Microscaling Formats 1.0, section 6.3);
 * with e4m3 scales (NVFP4): ``output_scale = max|w| / (6 * 448)`` of the whole output,
   ``scale = e4m3(max|w| / 6 / output_scale)`` of the group.
 
-The scale is rounded to its stored type *before* the codes are made, so that they are the best
-codes for the scale that will be used.
+Scale and minimum are rounded to their stored type *before* what follows from them is computed, so
+that codes are the best ones for the numbers that will be used.
 """
 
 from __future__ import annotations
@@ -62,9 +64,12 @@ def quantize(weight: torch.Tensor, weight_format: Format) -> QuantizedTensor:
         _check_finite(stored)
         return QuantizedTensor(weight_format=weight_format, codes=stored)
     groups = _grouped(values, weight_format)
-    zeros = outputs = None
+    zeros = minimums = outputs = None
     if weight_format.has_zero_point:
         codes, scales, zeros = _asymmetric(groups, weight_format)
+    elif weight_format.has_minimum:
+        codes, scales, minimums = _from_minimum(groups, weight_format)
+        _check_finite(minimums)
     elif weight_format.element.is_integer:
         codes, scales = _symmetric(groups, weight_format)
     else:
@@ -75,6 +80,7 @@ def quantize(weight: torch.Tensor, weight_format: Format) -> QuantizedTensor:
         codes=codes.flatten(1)[:, : weight.shape[1]].contiguous(),
         scales=scales.squeeze(-1).contiguous(),
         zero_points=zeros,
+        minimums=minimums,
         output_scales=outputs,
     )
 
@@ -95,7 +101,8 @@ def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
     scales = quantized.scales
     if quantized.output_scales is not None:
         scales = scales * quantized.output_scales[:, None]
-    return codes * spread(scales)
+    weights = codes * spread(scales)
+    return weights if quantized.minimums is None else weights - spread(quantized.minimums)
 
 
 def _numbers(quantized: QuantizedTensor) -> torch.Tensor:
@@ -118,7 +125,9 @@ def _grouped(weight: torch.Tensor, weight_format: Format) -> torch.Tensor:
 
 
 def _stored(scale: torch.Tensor, weight_format: Format) -> torch.Tensor:
-    return scale.bfloat16().float() if weight_format.scale is ScaleType.BF16 else scale
+    types = {ScaleType.BF16: torch.bfloat16, ScaleType.FLOAT16: torch.float16}
+    stored = types.get(weight_format.scale or ScaleType.FLOAT32, torch.float32)
+    return scale.to(stored).float()
 
 
 def _divide(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -142,6 +151,19 @@ def _asymmetric(
     zero = _divide(-low, scale).clamp(0, 15).round()
     codes = (_divide(groups, scale).clamp(-15, 15).round() + zero).clamp(0, 15)
     return codes.to(torch.uint8), scale, zero.squeeze(-1).to(torch.uint8).contiguous()
+
+
+def _from_minimum(
+    groups: torch.Tensor, weight_format: Format
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
+    minimum = _stored(0 - low, weight_format)  # never -0
+    scale = _stored((high + minimum) / 15, weight_format)
+    codes = _divide(groups + minimum, scale).clamp(0, 15).round()
+    # A scale of 0: the group is too small to have weights.
+    minimum = torch.where(scale > 0, minimum, torch.zeros_like(minimum))
+    return codes.to(torch.uint8), scale, minimum.squeeze(-1).contiguous()
 
 
 def _float(

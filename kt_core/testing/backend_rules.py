@@ -116,9 +116,10 @@ class LoadingRules(BackendHarness):
             for name in ("gate", "up", "down"):
                 stored = weight_format.quantize(getattr(good, name))
                 for value in (float("nan"), float("inf")):
-                    what = f"{value} in quantised {name}"
-                    parts: dict[str, Any] = {name: _poisoned_quantized(stored, value)}
-                    _refuses_load(kernel, what, replace(good, **parts))
+                    for part, poisoned in _poisoned_quantized(stored, value).items():
+                        parts: dict[str, Any] = {name: poisoned}
+                        what = f"{value} in {part} of quantised {name}"
+                        _refuses_load(kernel, what, replace(good, **parts))
 
     def test_load_refuses_other_formats(self, weight_format: WeightFormat) -> None:
         """A quantised tensor must be of the kernel's format and of the right shapes."""
@@ -138,9 +139,11 @@ class LoadingRules(BackendHarness):
                 _refuses_load(kernel, "scales one row short", replace(plain, up=short))
                 none = replace(stored, scales=None)
                 _refuses_load(kernel, "no scales", replace(plain, up=none))
-            if stored.zero_points is not None:
-                none = replace(stored, zero_points=None)
-                _refuses_load(kernel, "no zero points", replace(plain, up=none))
+            for part in ("zero_points", "minimums", "output_scales"):
+                if getattr(stored, part) is not None:
+                    nothing: dict[str, Any] = {part: None}
+                    without = replace(stored, **nothing)
+                    _refuses_load(kernel, f"no {part}", replace(plain, up=without))
 
     def test_loads_from_several_threads(self, weight_format: WeightFormat) -> None:
         """Loading all experts at once gives what loading them one by one gives."""
@@ -304,8 +307,8 @@ def _tensors(weights: ExpertWeights) -> dict[str, torch.Tensor]:
     parts = {field.name: getattr(weights, field.name) for field in fields(weights)}
     for name, part in list(parts.items()):
         if isinstance(part, QuantizedTensor):
-            stored = ("codes", "scales", "zero_points")
-            parts |= {f"{name}.{piece}": getattr(part, piece) for piece in stored}
+            pieces = {f"{name}.{field.name}": getattr(part, field.name) for field in fields(part)}
+            parts |= pieces
     return {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
 
 
@@ -316,7 +319,13 @@ def _poisoned(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return bad
 
 
-def _poisoned_quantized(stored: QuantizedTensor, value: float) -> QuantizedTensor:
-    if stored.scales is None:
-        return replace(stored, codes=_poisoned(stored.codes, value))
-    return replace(stored, scales=_poisoned(stored.scales, value))
+def _poisoned_quantized(stored: QuantizedTensor, value: float) -> dict[str, QuantizedTensor]:
+    """Each part that holds floating-point numbers, poisoned alone."""
+    names = ["codes"] if stored.scales is None else ["scales", "minimums"]
+    found = {}
+    for name in names:
+        part = getattr(stored, name)
+        if part is not None:
+            changed: dict[str, Any] = {name: _poisoned(part, value)}
+            found[name] = replace(stored, **changed)
+    return found

@@ -154,8 +154,7 @@ class _Expert:
         value, _ = _activation(self._activation, {name: self._project(name, x) for name in names})
         group = reference.INTERMEDIATE_GROUP
         rounded, error = reference.rounded(value.value.float(), value.error, group, self._precision)
-        bias = self._tensors.get("down_bias")
-        out = Bounded(*reference.linear(rounded, error, self._tensors["down"], bias))
+        out = Bounded(*reference.project(rounded, error, self._tensors, "down"))
         if "down_a" in self._lora:
             reduced = value @ self._lora["down_a"].T
             out = out + reduced @ self._lora["down_b"].T * self._scale
@@ -203,8 +202,7 @@ class _Expert:
     def _project(self, name: str, x: torch.Tensor) -> Bounded:
         nothing = torch.zeros(x.shape, dtype=torch.float64)
         rounded, _ = reference.rounded(x.float(), nothing, HIDDEN_GROUP, self._precision)
-        bias = self._tensors.get(f"{name}_bias")
-        out = Bounded(*reference.linear(rounded, 0.0, self._tensors[name], bias))
+        out = Bounded(*reference.project(rounded, 0.0, self._tensors, name))
         if f"{name}_a" in self._lora:
             reduced = exactly(x.float()) @ self._lora[f"{name}_a"].T
             out = out + reduced @ self._lora[f"{name}_b"].T * self._scale
@@ -213,9 +211,14 @@ class _Expert:
     def _matrix(self, name: str) -> Bounded:
         """Weights as a transposed product has them."""
         weight = self._tensors[name]
-        if not self._is_exact:
-            return exactly(weight.float().bfloat16())
-        return Bounded(weight, 2 * UNIT_ROUNDOFF * weight.abs())
+        terms = self._tensors.get(f"{name}_terms")
+        slack = 2 * UNIT_ROUNDOFF * (weight.abs() if terms is None else terms)
+        if self._is_exact:
+            return Bounded(weight, slack)
+        # A product is rounded alike everywhere; a difference of two may be fused.
+        slack = torch.zeros_like(weight) if terms is None else slack
+        kind = ActivationPrecision.BF16
+        return Bounded(*reference.rounded(weight.float(), slack, HIDDEN_GROUP, kind))
 
     def _rounded(self, grad: Bounded) -> Bounded:
         """Gradients as they meet weights."""

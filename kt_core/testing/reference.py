@@ -35,7 +35,11 @@ HIDDEN_GROUP, INTERMEDIATE_GROUP = 64, 32
 
 @dataclass
 class Layer:
-    """Dequantised experts in float64 with what the kernels know about them."""
+    """Dequantised experts in float64 with what the kernels know about them.
+
+    An expert is its tensors by name. Where weights are ``scale * code - minimum``, ``up_terms`` and
+    so on stand beside them: at least ``|scale * code| + |minimum|``, which may be summed apart.
+    """
 
     spec: MoeSpec
     experts: Mapping[int, dict[str, torch.Tensor]]
@@ -67,16 +71,24 @@ def layer(
 ) -> Layer:
     """Quantise and dequantise every expert."""
 
-    def stored(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+    def stored(name: str, tensor: torch.Tensor | QuantizedTensor | None) -> dict[str, torch.Tensor]:
+        if tensor is None:
+            return {}
         if isinstance(tensor, torch.Tensor):
             tensor = weight_format.quantize(tensor)
-        return weight_format.dequantize(tensor).double()
+        found = {name: weight_format.dequantize(tensor).double()}
+        if tensor.minimums is not None:
+            inputs = tensor.codes.shape[1]
+            size = tensor.weight_format.group_size or inputs
+            minimums = tensor.minimums.double().repeat_interleave(size, dim=1)[:, :inputs]
+            found[f"{name}_terms"] = found[name].abs() + 2 * minimums.abs()
+        return found
 
     parts: dict[int, dict[str, torch.Tensor]] = {}
     for index, weights in experts.items():
-        parts[index] = {"up": stored(weights.up), "down": stored(weights.down)}
-        if weights.gate is not None:
-            parts[index]["gate"] = stored(weights.gate)
+        parts[index] = {}
+        for name in ("gate", "up", "down"):
+            parts[index] |= stored(name, getattr(weights, name))
         for name in ("gate_bias", "up_bias", "down_bias"):
             bias = getattr(weights, name)
             if bias is not None:
@@ -191,10 +203,10 @@ def _expert(
     exact = x.float()
     no_error = torch.zeros_like(exact, dtype=torch.float64)
     given, _ = rounded(exact, no_error, HIDDEN_GROUP, precision)
-    up, up_error = linear(given, 0.0, expert["up"], expert.get("up_bias"))
+    up, up_error = project(given, 0.0, expert, "up")
     gate, gate_error = up, up_error
     if activation.is_gated:
-        gate, gate_error = linear(given, 0.0, expert["gate"], expert.get("gate_bias"))
+        gate, gate_error = project(given, 0.0, expert, "gate")
     inner = activate(activation, gate, up)
     # Over the box of possible inputs the activation is extreme at a corner, or within rounding of
     # it: the box is some 1e-6 wide and the functions are smooth or piecewise linear.
@@ -207,18 +219,34 @@ def _expert(
     squared = gate.abs() * (gate.abs() + 1)
     error = error + 16 * UNIT_ROUNDOFF * (inner.abs() + squared.sqrt() * gate.abs().sqrt() * other)
     rounded_inner, inner_error = rounded(inner.float(), error, INTERMEDIATE_GROUP, precision)
-    return linear(rounded_inner, inner_error, expert["down"], expert.get("down_bias"))
+    return project(rounded_inner, inner_error, expert, "down")
+
+
+def project(
+    x: torch.Tensor, x_error: torch.Tensor | float, expert: Mapping[str, torch.Tensor], name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One projection of an expert of a ``Layer``, and the largest error allowed in it."""
+    return linear(
+        x, x_error, expert[name], expert.get(f"{name}_bias"), terms=expert.get(f"{name}_terms")
+    )
 
 
 def linear(
-    x: torch.Tensor, x_error: torch.Tensor | float, weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    x_error: torch.Tensor | float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    terms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    value, terms = x @ weight.T, x.abs() @ weight.abs().T
+    """``x @ weight.T + bias`` and the largest error allowed in it; ``terms``: see ``Layer``."""
+    terms = weight.abs() if terms is None else terms
+    value = x @ weight.T
     # Per term: the weight's own rounding (code * scale), the product, the sum; then the bias.
-    length = weight.shape[1] + 8
-    error = 2 * length * UNIT_ROUNDOFF * terms
+    rounding = 2 * (weight.shape[1] + 8) * UNIT_ROUNDOFF
+    error = rounding * (x.abs() @ terms.T)
     if isinstance(x_error, torch.Tensor):
-        error = error + (1 + 2 * length * UNIT_ROUNDOFF) * (x_error @ weight.abs().T)
+        error = error + x_error @ weight.abs().T + rounding * (x_error @ terms.T)
     if bias is not None:
         value = value + bias
         error = error + UNIT_ROUNDOFF * value.abs()

@@ -11,7 +11,12 @@ import torch
 
 from kt_core.interfaces import QuantizedTensor, WeightFormat
 from kt_core.testing.common import OneTorchThread, refuses
-from kt_core.testing.reference import BF16_ROUNDOFF, UNIT_ROUNDOFF
+from kt_core.testing.reference import (
+    BF16_ROUNDOFF,
+    F16_ROUNDOFF,
+    F16_SMALLEST_HALF_STEP,
+    UNIT_ROUNDOFF,
+)
 from kt_core.types import ELEMENT_BITS, SCALE_BITS, Element, Format, ScaleType
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -19,14 +24,17 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 SIZES = (1, 31, 32, 33, 64, 65, 127, 128, 129, 300)
 # Codes of one group, from the lowest to the highest that quantising uses.
 STEPS = {Element.INT8: 254, Element.INT4: 14}
-STEPS_WITH_ZERO_POINT = 15
+STEPS_WITH_OFFSET = 15
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Of the small floats: half the distance of two numbers, relative to them and the least there is,
 # and the largest number.
 HALF_STEP = {Element.FP8: (2.0**-4, 2.0**-10), Element.FP4: (2.0**-2, 0.25)}
 LARGEST = {Element.FP8: 448.0, Element.FP4: 6.0}
+SCALE_ROUNDOFF = {ScaleType.BF16: BF16_ROUNDOFF, ScaleType.FLOAT16: F16_ROUNDOFF}
+SMALLEST_FLOAT16 = 2.0**-14  # with all its digits
 SCALE_TYPES = {
     ScaleType.BF16: torch.bfloat16,
+    ScaleType.FLOAT16: torch.float16,
     ScaleType.E8M0: torch.float8_e8m0fnu,
     ScaleType.E4M3: torch.float8_e4m3fn,
 }
@@ -74,7 +82,8 @@ class WeightFormatContract(OneTorchThread):
                 restored = weight_format.dequantize(stored)
                 assert restored.shape == weight.shape
                 assert restored.dtype is torch.float32
-                assert torch.equal(restored, _formula(stored)), "not scale * (code - zero point)"
+                want = _formula(stored)
+                assert torch.equal(restored, want), "not scale * (code - zero point) - minimum"
 
     def test_error_is_half_a_step(self, weight_format: WeightFormat) -> None:
         """No weight is further from its code than rounding to the nearest explains."""
@@ -87,31 +96,42 @@ class WeightFormatContract(OneTorchThread):
                 assert worst <= 0, f"{inputs} inputs: {worst:.3g} more than half a step"
 
     def test_zeros_stay_zero(self, weight_format: WeightFormat) -> None:
-        """Exactly: one zero, a group of zeros, a matrix of zeros."""
+        """Exactly: one zero, a group of zeros, a matrix of zeros.
+
+        With a minimum one zero among other numbers is as far off as they are.
+        """
         weight = _random(4, 300)
         weight[0] = 0
         weight[1, :200] = 0
-        weight[2:, ::3] = 0
+        if not weight_format.descriptor.has_minimum:
+            weight[2:, ::3] = 0
+        is_zero = weight == 0
+        is_zero[1, 128:] &= not weight_format.descriptor.has_minimum  # in a group with others
         restored = weight_format.dequantize(weight_format.quantize(weight))
-        assert bool((restored[weight == 0] == 0).all())
+        assert bool((restored[is_zero] == 0).all())
         nothing = weight_format.dequantize(weight_format.quantize(torch.zeros(2, 33)))
         assert bool((nothing == 0).all())
 
     def test_quantising_again_changes_nothing(self, weight_format: WeightFormat) -> None:
         """What was dequantised has the same codes.
 
-        Not with zero points: there the lowest and the highest weight are rounded one by one, a
-        group may end up one step narrower than its scale allows, and the second scale is smaller.
+        Not with zero points or minimums: there the lowest and the highest weight are rounded one by
+        one, a group may end up one step narrower than its scale allows, and the second scale is
+        smaller. Nor with float16 scales below 2^-14, which have fewer digits than codes.
         """
+        descriptor = weight_format.descriptor
         for inputs in SIZES:
             first = weight_format.quantize(_random(16, inputs))
             restored = weight_format.dequantize(first)
             second = weight_format.quantize(restored)
-            if weight_format.descriptor.has_zero_point:
+            if descriptor.has_zero_point or descriptor.has_minimum:
                 error = (weight_format.dequantize(second).double() - restored.double()).abs()
                 assert bool((error <= _allowed_error(second, restored)).all())
-            else:
-                assert torch.equal(second.codes.float(), first.codes.float())
+                continue
+            keep = torch.full_like(restored, True, dtype=torch.bool)
+            if descriptor.scale is ScaleType.FLOAT16:
+                keep = _spread(first, _scales(first)) >= SMALLEST_FLOAT16
+            assert torch.equal(second.codes.float()[keep], first.codes.float()[keep])
 
     def test_refuses_numbers_that_are_not_finite(self, weight_format: WeightFormat) -> None:
         """A NaN or an infinity, wherever it stands."""
@@ -144,6 +164,8 @@ class WeightFormatContract(OneTorchThread):
                 bits += stored.scales.numel() * SCALE_BITS[descriptor.scale]
             if stored.zero_points is not None:
                 bits += stored.zero_points.numel() * 8
+            if stored.minimums is not None and descriptor.scale is not None:
+                bits += stored.minimums.numel() * SCALE_BITS[descriptor.scale]
             if stored.output_scales is not None:
                 bits += stored.output_scales.numel() * 32
             claimed = descriptor.bits_per_weight(inputs) * stored.codes.numel()
@@ -175,12 +197,14 @@ def _check_stored(stored: QuantizedTensor, descriptor: Format, rows: int, inputs
         Element.FP8: torch.float8_e4m3fn,
         Element.FP4: torch.uint8,
     }
-    integer = torch.uint8 if descriptor.has_zero_point else torch.int8
+    has_offset = descriptor.has_zero_point or descriptor.has_minimum
+    integer = torch.uint8 if has_offset else torch.int8
     groups = (rows, descriptor.num_groups(inputs))
     wanted = {
         "codes": ((rows, inputs), types.get(descriptor.element, integer)),
         "scales": None if descriptor.scale is None else (groups, torch.float32),
         "zero_points": (groups, torch.uint8) if descriptor.has_zero_point else None,
+        "minimums": (groups, torch.float32) if descriptor.has_minimum else None,
         "output_scales": ((rows,), torch.float32) if descriptor.has_output_scale else None,
     }
     assert [field.name for field in fields(stored)] == ["weight_format", *wanted]
@@ -190,25 +214,27 @@ def _check_stored(stored: QuantizedTensor, descriptor: Format, rows: int, inputs
         got = None if value is None else (tuple(value.shape), value.dtype)
         assert got == want, f"{name} of {inputs} inputs: {got}, want {want}"
     scale_type = SCALE_TYPES.get(descriptor.scale) if descriptor.scale else None
-    if scale_type is not None and stored.scales is not None:
-        held = stored.scales.to(scale_type).float()
-        assert torch.equal(held, stored.scales), f"scales are not {descriptor.scale}"
+    for name in ("scales", "minimums"):
+        value = getattr(stored, name)
+        if scale_type is not None and value is not None:
+            assert torch.equal(value.to(scale_type).float(), value), f"{name}: {descriptor.scale}?"
     if descriptor.element is Element.FP4:
         assert int(stored.codes.max()) <= 15
     if descriptor.element is Element.INT4:
-        low, high = (0, 15) if descriptor.has_zero_point else (-8, 7)
+        low, high = (0, 15) if has_offset else (-8, 7)
         assert low <= int(stored.codes.min()) <= int(stored.codes.max()) <= high
 
 
 def _formula(stored: QuantizedTensor) -> torch.Tensor:
-    """``scale * (code - zero point)``, in float32: exact but for the product's rounding."""
+    """``scale * (code - zero point) - minimum``, each operation rounded to float32."""
     if stored.weight_format.element is Element.FP4:
         codes = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)])[stored.codes.long()]
     else:
         codes = stored.codes.float()
     if stored.zero_points is not None:
         codes = codes - _spread(stored, stored.zero_points)
-    return codes if stored.scales is None else codes * _spread(stored, _scales(stored))
+    weights = codes if stored.scales is None else codes * _spread(stored, _scales(stored))
+    return weights if stored.minimums is None else weights - _spread(stored, stored.minimums)
 
 
 def _scales(stored: QuantizedTensor) -> torch.Tensor:
@@ -232,7 +258,8 @@ def _allowed_error(stored: QuantizedTensor, weight: torch.Tensor) -> torch.Tenso
     A scale that was rounded down leaves the outermost weight beyond the last code: by
     ``steps * u`` of a step, ``u`` the roundoff of the scale's type, over the whole range. Symmetric
     codes share that between both ends, and where it is under half a step it is no more than half a
-    step; with a zero point it adds to the rounding of the zero point.
+    step; with a zero point it adds to the rounding of the zero point. A minimum that was rounded
+    down leaves the lowest weight below code 0, by ``u`` of itself.
     """
     magnitude = weight.double().abs()
     if stored.scales is None:
@@ -241,14 +268,28 @@ def _allowed_error(stored: QuantizedTensor, weight: torch.Tensor) -> torch.Tenso
     step = _spread(stored, _scales(stored)).double()
     if not descriptor.element.is_integer:
         return _allowed_float_error(stored, step, magnitude)
-    roundoff = BF16_ROUNDOFF if descriptor.scale is ScaleType.BF16 else UNIT_ROUNDOFF
-    roundoff = roundoff / (1 - roundoff)
+    lost = _lost_by_rounding(step, descriptor)
     if descriptor.has_zero_point:
-        steps = 0.5 + STEPS_WITH_ZERO_POINT * roundoff
+        error = 0.5 * step + STEPS_WITH_OFFSET * lost
+    elif stored.minimums is not None:
+        minimum = _spread(stored, stored.minimums).double()
+        ends = torch.maximum(STEPS_WITH_OFFSET * lost, _lost_by_rounding(minimum, descriptor))
+        error = torch.maximum(0.5 * step, ends)
+        magnitude = magnitude + 2 * minimum.abs()
     else:
-        steps = max(0.5, STEPS[descriptor.element] / 2 * roundoff)
-    # Dividing by the scale and multiplying with the code round once each, in float32.
-    return steps * step + 4 * UNIT_ROUNDOFF * magnitude
+        error = torch.maximum(0.5 * step, STEPS[descriptor.element] / 2 * lost)
+    # Dividing by the scale and multiplying with the code round once each, in float32; so do adding
+    # and subtracting the minimum.
+    return error + 4 * UNIT_ROUNDOFF * magnitude
+
+
+def _lost_by_rounding(value: torch.Tensor, descriptor: Format) -> torch.Tensor:
+    """How far a scale or minimum may be from the number that was rounded to it."""
+    roundoff = SCALE_ROUNDOFF.get(descriptor.scale or ScaleType.FLOAT32, UNIT_ROUNDOFF)
+    lost = roundoff / (1 - roundoff) * value.abs()
+    if descriptor.scale is ScaleType.FLOAT16:
+        lost = lost.clamp(min=F16_SMALLEST_HALF_STEP)
+    return lost
 
 
 def _allowed_float_error(

@@ -15,7 +15,8 @@ from kt_core.testing import WeightFormatContract
 from kt_core.types import Format
 
 REGISTRY = plugins.load()
-INT4 = next(f.descriptor for f in BUILT_IN_FORMATS if f.descriptor.name == "int4-g32")
+BY_NAME = {f.descriptor.name: f.descriptor for f in BUILT_IN_FORMATS}
+INT4, INT4_MIN = BY_NAME["int4-g32"], BY_NAME["int4-g32-min"]
 
 
 class TestRegisteredFormats(WeightFormatContract):
@@ -42,6 +43,20 @@ class KeepsScalesInFloat32(ReferenceFormat):
 class DequantizesAnotherFormula(ReferenceFormat):
     def dequantize(self, quantized: QuantizedTensor) -> torch.Tensor:
         return super().dequantize(quantized) * 1.01
+
+
+class KeepsMinimumsInFloat32(ReferenceFormat):
+    def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
+        stored = super().quantize(weight)
+        assert stored.minimums is not None
+        return replace(stored, minimums=stored.minimums * 1.001)
+
+
+class ForgetsTheMinimum(ReferenceFormat):
+    def dequantize(self, quantized: QuantizedTensor) -> torch.Tensor:
+        assert quantized.minimums is not None
+        nothing = torch.zeros_like(quantized.minimums)
+        return super().dequantize(replace(quantized, minimums=nothing))
 
 
 class IsOffByOneStep(ReferenceFormat):
@@ -100,6 +115,9 @@ CASES = [
     ("test_shapes_and_types", ChangesItsArgument(INT4)),
     ("test_shapes_and_types", KeepsScalesInFloat32(INT4)),
     ("test_shapes_and_types", DequantizesAnotherFormula(INT4)),
+    ("test_shapes_and_types", KeepsMinimumsInFloat32(INT4_MIN)),
+    ("test_shapes_and_types", ForgetsTheMinimum(INT4_MIN)),
+    ("test_error_is_half_a_step", ForgetsTheMinimum(INT4_MIN)),
     ("test_error_is_half_a_step", IsOffByOneStep(INT4)),
     ("test_error_is_half_a_step", ForgetsThePartialGroup(INT4)),
     ("test_zeros_stay_zero", HasNoZero(INT4)),

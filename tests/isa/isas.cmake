@@ -7,4 +7,4 @@ kt_add_isa(isa/avx512_bf16.cpp ${KT_AVX512_BF16})
 kt_add_isa(isa/amx.cpp ${KT_AMX})
 kt_add_isa(${KT_TEST_ISA_DIR}/amx_emulated.cpp ${KT_AVX512_BF16})
 kt_add_isa(${KT_TEST_ISA_DIR}/avx_vnni_512vl.cpp
-  -mavx2 -mfma -mavx512f -mavx512vl -mavx512vnni)
+  -mavx2 -mfma -mf16c -mavx512f -mavx512vl -mavx512vnni)

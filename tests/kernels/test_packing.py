@@ -39,10 +39,19 @@ UNREGISTERED = [
     Format(name="int4-row", element=Element.INT4, scale=ScaleType.FLOAT32),
     Format(name="int4-row-asym", element=Element.INT4, scale=ScaleType.BF16, has_zero_point=True),
     Format(name="int8-g64-f32", element=Element.INT8, scale=ScaleType.FLOAT32, group_size=64),
+    Format(name="int4-row-min", element=Element.INT4, scale=ScaleType.FLOAT32, has_minimum=True),
+    Format(
+        name="int4-g128-f16-min",
+        element=Element.INT4,
+        scale=ScaleType.FLOAT16,
+        group_size=128,
+        has_minimum=True,
+    ),
 ]
 FORMATS = {f.name: f for f in [*(b.descriptor for b in BUILT_IN_FORMATS), *UNREGISTERED]}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROJECTIONS = ("gate", "up", "down")
+LARGEST_FLOAT16 = 65504.0  # of minimums too
 UNGATED = Activation(kind=ActivationKind.RELU2, is_gated=False)
 
 
@@ -75,11 +84,12 @@ def round_up(n: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One packed matrix, padding included: ``weight = scales * (codes - zeros)``."""
+    """One packed matrix, padding included: ``weight = scales * (codes - zeros) - minimums``."""
 
     codes: NDArray[np.int32]  # [padded rows, padded cols]; the 16 bits of a bfloat16
     scales: NDArray[np.float32]  # [padded rows, groups]; no groups for bf16
     zeros: NDArray[np.int32]  # [padded rows, groups]; 0 where codes are signed
+    minimums: NDArray[np.float32]  # [padded rows, groups], or no groups
     outputs: NDArray[np.float32]  # [padded rows], or empty
 
 
@@ -103,6 +113,7 @@ SCALE_TYPES = {
     None: "V0",
     ScaleType.FLOAT32: "<f4",
     ScaleType.BF16: "<u2",
+    ScaleType.FLOAT16: "<f2",
     ScaleType.E8M0: "u1",
     ScaleType.E4M3: "u1",
 }
@@ -129,27 +140,31 @@ def take_panel(raw: Bytes, weight_format: Format, cols: int) -> Matrix:
     groups = padded // group_cols
     scale_bytes = 16 * np.dtype(SCALE_TYPES[weight_format.scale]).itemsize
     zero_bytes = 16 if weight_format.has_zero_point else 0
+    minimum_bytes = scale_bytes if weight_format.has_minimum else 0
+    group_bytes = scale_bytes + zero_bytes + minimum_bytes
     block = 1
-    while group_size and block * (scale_bytes + zero_bytes) % 64:
+    while group_size and block * group_bytes % 64:
         block *= 2
 
     outputs = raw.take(16 if weight_format.has_output_scale else 0, "<f4")
-    codes, scales, zeros = [], [], np.zeros((16, groups), np.int32)
+    codes, scales, minimums, zeros = [], [], [], np.zeros((16, groups), np.int32)
     for first in range(0, groups, block):
         last = min(first + block, groups)
-        header = raw.take(block * (scale_bytes + zero_bytes), "u1")
+        header = raw.take(block * group_bytes, "u1")
         split = block * scale_bytes
-        if scale_bytes:
-            stored = header[:split].view(SCALE_TYPES[weight_format.scale]).reshape(block, 16)
-            scales.extend(read_scales(stored[: last - first], weight_format.scale))
-            assert not stored[last - first :].any(), "padding holds something"
+        for found, piece in ((scales, header[:split]), (minimums, header[split:])):
+            if scale_bytes and (found is scales or minimum_bytes):
+                stored = piece.view(SCALE_TYPES[weight_format.scale]).reshape(block, 16)
+                found.extend(read_scales(stored[: last - first], weight_format.scale))
+                assert not stored[last - first :].any(), "padding holds something"
         if zero_bytes:
             points = header[split:].reshape(block, 16)
             zeros[:, first:last] = points[: last - first].T
             assert not points[last - first :].any(), "padding holds something"
         codes.append(take_codes(raw, weight_format, (last - first) * group_cols))
-    stored_scales = np.array(scales, np.float32).reshape(-1, 16).T
-    return Matrix(np.concatenate(codes, axis=1), stored_scales, zeros, outputs.astype(np.float32))
+    per_group = (np.array(found, np.float32).reshape(-1, 16).T for found in (scales, minimums))
+    scale, minimum = per_group
+    return Matrix(np.concatenate(codes, axis=1), scale, zeros, minimum, outputs.astype(np.float32))
 
 
 def take_codes(raw: Bytes, weight_format: Format, cols: int) -> NDArray[np.int32]:
@@ -161,7 +176,7 @@ def take_codes(raw: Bytes, weight_format: Format, cols: int) -> NDArray[np.int32
         case Element.INT4:
             pairs = raw.take(cols * 8, "u1").reshape(-1, 16, 4).astype(np.int32)
             lanes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
-            lanes = lanes if weight_format.has_zero_point else lanes - 8
+            lanes = lanes - 8 if weight_format.has_signed_codes else lanes
         case Element.FP8:
             lanes = raw.take(cols * 16, "u1").reshape(-1, 16, 4)[..., [0, 2, 1, 3]]
             lanes = lanes.astype(np.int32)
@@ -177,6 +192,7 @@ def stacked(panels: list[Matrix]) -> Matrix:
         np.concatenate([p.codes for p in panels]),
         np.concatenate([p.scales for p in panels]),
         np.concatenate([p.zeros for p in panels]),
+        np.concatenate([p.minimums for p in panels]),
         np.concatenate([p.outputs for p in panels]),
     )
 
@@ -221,11 +237,11 @@ def expect_matrix(name: str, got: Matrix, want: QuantizedTensor) -> None:
             got.outputs[:rows].view(np.uint32), want.output_scales.numpy().view(np.uint32)
         )
         assert not got.outputs[rows:].any(), name
-    np.testing.assert_array_equal(
-        np.ascontiguousarray(got.scales[:rows, :groups]).view(np.uint32),
-        want.scales.numpy().view(np.uint32),
-        err_msg=f"scales of {name}",
-    )
+    expect_same_bits(f"scales of {name}", got.scales[:rows, :groups], want.scales)
+    if want.minimums is not None:
+        expect_same_bits(f"minimums of {name}", got.minimums[:rows, :groups], want.minimums)
+        assert not got.minimums[rows:].any(), name
+        assert not got.minimums[:, groups:].any(), name
     if want.zero_points is not None:
         np.testing.assert_array_equal(
             got.zeros[:rows, :groups], want.zero_points.numpy(), err_msg=f"zeros of {name}"
@@ -233,10 +249,23 @@ def expect_matrix(name: str, got: Matrix, want: QuantizedTensor) -> None:
     if want.weight_format.scale is not ScaleType.E8M0:  # has no zero
         assert not got.scales[rows:].any(), name
         assert not got.scales[:, groups:].any(), name
-    spread = np.repeat(got.zeros, got.codes.shape[1] // got.zeros.shape[1], axis=1)
-    value = got.codes - spread
+
+    def spread(per_group: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.repeat(per_group, got.codes.shape[1] // per_group.shape[1], axis=1)
+
+    value = got.codes - spread(got.zeros)
     assert not value[rows:].any(), f"{name}: outputs beyond the last are not 0"
-    assert not value[:, cols:].any(), f"{name}: inputs beyond the last are not 0"
+    if want.minimums is None:
+        assert not value[:, cols:].any(), f"{name}: inputs beyond the last are not 0"
+    else:  # no code nearer to 0: half a step, and the rounding of these products
+        step = spread(got.scales).astype(np.float64)
+        weight = (step * got.codes - spread(got.minimums))[:, cols:]
+        assert (np.abs(weight) <= 0.50001 * step[:, cols:]).all(), name
+
+
+def expect_same_bits(name: str, got: NDArray[np.float32], want: torch.Tensor) -> None:
+    bits = np.ascontiguousarray(got).view(np.uint32)
+    np.testing.assert_array_equal(bits, want.numpy().view(np.uint32), err_msg=name)
 
 
 def expect_expert(kernel: CpuExpertKernel, expert: int, weights: ExpertWeights) -> None:
@@ -394,6 +423,8 @@ def extreme_rows(cols: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS.keys())
 def test_extreme_values(device: CpuDevice, weight_format: Format) -> None:
     matrix = torch.stack(list(extreme_rows(139).values()))
+    if weight_format.scale is ScaleType.FLOAT16:
+        matrix = matrix.clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
     rows, cols = matrix.shape
     spec = MoeSpec(num_experts=1, hidden_size=cols, intermediate_size=rows, activation=UNGATED)
     weights = ExpertWeights(up=matrix, down=matrix.T.contiguous())
@@ -406,6 +437,8 @@ def test_every_binary_exponent(device: CpuDevice, weight_format: Format) -> None
     generator = torch.Generator().manual_seed(7)
     exponents = torch.linspace(-148, 120, 200).unsqueeze(1)
     matrix = torch.randn(200, 300, generator=generator) * torch.pow(2.0, exponents)
+    if weight_format.scale is ScaleType.FLOAT16:
+        matrix = matrix.clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
     spec = MoeSpec(num_experts=1, hidden_size=300, intermediate_size=200, activation=UNGATED)
     weights = ExpertWeights(up=matrix, down=matrix.T)
     expect_expert(loaded(device, spec, weight_format, weights), 0, weights)
@@ -428,21 +461,20 @@ def quantized(dense: ExpertWeights, weight_format: Format) -> ExpertWeights:
     return replace(dense, **parts)
 
 
-def test_quantised_tensors_may_be_strided_views() -> None:
+@pytest.mark.parametrize("form", ["int4-g32-asym", "int4-g32-f16-min"])
+def test_quantised_tensors_may_be_strided_views(form: str) -> None:
     spec = MoeSpec(num_experts=2, hidden_size=70, intermediate_size=33)
-    weight_format = FORMATS["int4-g32-asym"]
+    weight_format = FORMATS[form]
     dense = random_weights(spec)
     views = {}
     for name in PROJECTIONS:
         parts = quantize(getattr(dense, name), weight_format)
-        assert parts.scales is not None
-        assert parts.zero_points is not None
-        views[name] = QuantizedTensor(
-            weight_format=weight_format,
-            codes=parts.codes.T.contiguous().T,
-            scales=parts.scales.T.contiguous().T,
-            zero_points=parts.zero_points.T.contiguous().T,
-        )
+        strided = {
+            part: getattr(parts, part).T.contiguous().T
+            for part in ("codes", "scales", "zero_points", "minimums")
+            if getattr(parts, part) is not None
+        }
+        views[name] = replace(parts, **strided)
     with open_device("scalar") as device:
         kernel = loaded(device, spec, weight_format, dense, ExpertWeights(**views))
     assert kernel.packed_bytes(0) == kernel.packed_bytes(1)
@@ -470,6 +502,10 @@ def test_loading_again_replaces_the_expert(device: CpuDevice) -> None:
 #   int4-g128-asym  a quarter of a block: 192 + 1024         the same
 #   fp8             1 block: 64 + 2048                       the same
 #   fp8-channel     64 + 2048                                64 + 1024
+#   int8-g32-f16    as int8-g32                              as int8-g32
+#   int4-g32-min    4 blocks of (32 + 32 + 256)              2 blocks of (32 + 32 + 256)
+#   int4-g32-f32-min  4 blocks of (64 + 64 + 256)            2 blocks of (64 + 64 + 256)
+#   int4-g128-f16-asym  as int4-g128-asym                    as int4-g128-asym
 #   mxfp8           1 block: 4 * 16 + 2048                   half a block: 64 + 1024
 #   mxfp4           1 block: 4 * 16 + 1024                   half a block: 64 + 512
 #   nvfp4           64, 2 blocks of (4 * 16 + 512)           64, 1 block: 64 + 512
@@ -481,6 +517,10 @@ DRAWN_BYTES = {
     "int4-g32-asym": 6 * 1216 + 6 * 704,
     "int4-g128": 6 * 1088 + 6 * 1088,
     "int4-g128-asym": 6 * 1216 + 6 * 1216,
+    "int8-g32-f16": 6 * 2176 + 6 * 1088,
+    "int4-g32-min": 6 * 1280 + 6 * 640,
+    "int4-g32-f32-min": 6 * 1536 + 6 * 768,
+    "int4-g128-f16-asym": 6 * 1216 + 6 * 1216,
     "fp8": 6 * 2112 + 6 * 2112,
     "fp8-channel": 6 * 2112 + 6 * 1088,
     "mxfp8": 6 * 2112 + 6 * 1088,
@@ -560,20 +600,25 @@ def test_bias_that_is_not_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4-g32", "int4-g64-asym", "fp8"])
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "int8-g32", "int4-g32", "int4-g64-asym", "int4-g32-f16", "int4-g32-min", "fp8"],
+)
 def test_scale_that_is_not_finite(device: CpuDevice, name: str, projection: str) -> None:
     kernel = device.expert_kernel(SMALL, FORMATS[name])
     dense = random_weights(SMALL)
     good = quantized(dense, FORMATS[name])
-    # a float32 scale that bf16 cannot hold becomes infinite when it is stored
-    too_large = {} if FORMATS[name].scale is ScaleType.FLOAT32 else {"overflow": 3.4e38}
-    for value in {**NOT_FINITE, **too_large}.values():
-        tensor = getattr(good, projection)
-        scales = tensor.scales.clone()
-        scales[-1, -1] = value
-        bad = replace(good, **{projection: replace(tensor, scales=scales)})
-        message = f"the {projection} projection of expert 1 holds a NaN or an infinity"
-        expect_refusal(kernel, bad, message)
+    # a float32 scale that its type cannot hold becomes infinite when it is stored
+    too_large = {ScaleType.BF16: {"overflow": 3.4e38}, ScaleType.FLOAT16: {"overflow": 65520.0}}
+    overflow = too_large.get(FORMATS[name].scale or ScaleType.FLOAT32, {})
+    for part in ("scales", "minimums") if FORMATS[name].has_minimum else ("scales",):
+        for value in {**NOT_FINITE, **overflow}.values():
+            tensor = getattr(good, projection)
+            numbers = getattr(tensor, part).clone()
+            numbers[-1, -1] = value
+            bad = replace(good, **{projection: replace(tensor, **{part: numbers})})
+            message = f"the {projection} projection of expert 1 holds a NaN or an infinity"
+            expect_refusal(kernel, bad, message)
     expect_healing(kernel, dense)
 
 
@@ -629,6 +674,11 @@ def test_group_whose_range_overflows(device: CpuDevice) -> None:
         ("int4-g32-asym", "codes", lambda t: t + 1, "codes of up must be in 0..15, got 16"),
         ("int4-g32-asym", "zero_points", lambda t: t[:1], "zero_points of up must be .*19, 2"),
         ("int4-g32-asym", "zero_points", lambda t: None, "zero_points of up must be"),
+        ("int4-g32-asym", "zero_points", lambda t: t * 0 + 17, "must be in 0..16, got 17"),
+        ("int4-g32-min", "codes", lambda t: t + 1, "codes of up must be in 0..15, got 16"),
+        ("int4-g32-min", "minimums", lambda t: None, "minimums of up must be"),
+        ("int4-g32-min", "minimums", lambda t: t[:, :1], "minimums of up must be .*19, 2"),
+        ("int4-g32", "minimums", lambda t: torch.zeros(19, 2), "minimums of up must be absent"),
         ("int4-g32", "scales", lambda t: t[:, :1], "scales of up must be .*19, 2"),
         ("int8", "scales", lambda t: t.bfloat16(), "torch.float32.*, got"),
         ("int8", "codes", lambda t: t.to("meta"), "codes of up must be on the cpu, got meta"),
@@ -734,7 +784,16 @@ def test_formats_that_only_a_descriptor_describes(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("mxfp4", 3.0), ("mxfp8", -2.0), ("nvfp4", 0.3), ("nvfp4", -1.0)]
+    ("name", "value"),
+    [
+        ("mxfp4", 3.0),
+        ("mxfp8", -2.0),
+        ("nvfp4", 0.3),
+        ("nvfp4", -1.0),
+        ("int8-g32", 1.001),
+        ("int4-g32-f16", 0.1),
+        ("int4-g32-f16", 2.0**-25),
+    ],
 )
 def test_scale_of_another_type(name: str, value: float) -> None:
     good = quantized(random_weights(SMALL), FORMATS[name])

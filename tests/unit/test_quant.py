@@ -32,13 +32,15 @@ def expect(
     codes: Sequence[int],
     scales: Sequence[float],
     zeros: Sequence[int] | None = None,
+    minimums: Sequence[float] | None = None,
     values: Sequence[float] | None = None,
 ) -> None:
     """Of one row: what is stored, and (where it is not codes times scale) what that stands for."""
     got = quantize(weight, FORMATS[name])
     assert got.weight_format is FORMATS[name]
     assert got.codes.tolist() == [list(codes)]
-    assert got.codes.dtype is (torch.int8 if zeros is None else torch.uint8)
+    is_signed = zeros is None and minimums is None
+    assert got.codes.dtype is (torch.int8 if is_signed else torch.uint8)
     assert got.scales is not None
     assert got.scales.dtype is torch.float32
     assert got.scales.tolist() == [list(scales)]
@@ -48,6 +50,12 @@ def expect(
         assert got.zero_points is not None
         assert got.zero_points.dtype is torch.uint8
         assert got.zero_points.tolist() == [list(zeros)]
+    if minimums is None:
+        assert got.minimums is None
+    else:
+        assert got.minimums is not None
+        assert got.minimums.dtype is torch.float32
+        assert got.minimums.tolist() == [list(minimums)]
     if values is not None:
         assert dequantize(got).tolist() == [list(values)]
 
@@ -88,6 +96,85 @@ def test_ties_go_to_the_even_code() -> None:
         zeros=[5],
         values=[-5, 10, 0, 2, 0, -2, 10, -4],
     )
+
+
+def test_minimums_by_hand() -> None:
+    """low = -4.5, high = 10.5: minimum 4.5, scale 1; no code is 0, ties go to the even code."""
+    expect(
+        row(-4.5, 10.5, 0.0, 0.1, -3.0, 2.6),
+        "int4-g32-f32-min",
+        codes=[0, 15, 4, 5, 2, 7],
+        scales=[1.0],
+        minimums=[4.5],
+        values=[-4.5, 10.5, -0.5, 0.5, -2.5, 2.5],
+    )
+    # one-sided groups: 0 is always within the range
+    expect(row(15, 3.4), "int4-g32-min", codes=[15, 3], scales=[1.0], minimums=[0.0])
+    expect(row(-15, -3.4), "int4-g32-min", codes=[0, 12], scales=[1.0], minimums=[15.0])
+
+
+def test_minimum_is_rounded_before_the_scale_is_made() -> None:
+    """bf16 has 1 and 1 + 1/128; 1.003 becomes 1, so the scale is (14 + 1) / 15 and not 15.003 / 15.
+
+    What lies below the minimum as it is stored gets code 0.
+    """
+    expect(row(-1.003, 14), "int4-g32-min", codes=[0, 15], scales=[1.0], minimums=[1.0])
+    # 1.006 becomes 1 + 1/128; (14 + 1.0078) / 15 = 1.0005, stored as 1; (14 + 1.0078) / 1 = 15
+    expect(
+        row(-1.006, 14, 0), "int4-g32-min", codes=[0, 15, 1], scales=[1.0], minimums=[1 + 1 / 128]
+    )
+
+
+def test_float16_scales() -> None:
+    """float16 has 1, 1 + 1/1024, 1 + 2/1024; below 2^-14 its numbers are multiples of 2^-24."""
+    step = 1 / 1024
+    for exact, stored in [
+        (1 + 0.49 * step, 1.0),
+        (1 + 0.5 * step, 1.0),
+        (1 + 0.51 * step, 1 + step),
+        (1 + 1.5 * step, 1 + 2 * step),
+        (2.0**-14 + 0.4 * 2.0**-24, 2.0**-14),
+        (2.5 * 2.0**-24, 2 * 2.0**-24),
+        (0.6 * 2.0**-24, 2.0**-24),
+        (0.5 * 2.0**-24, 0.0),
+        (65519.0, 65504.0),
+    ]:
+        got = quantize(row(7 * exact), FORMATS["int4-g32-f16"])
+        assert got.scales is not None
+        assert got.scales.item() == stored
+        assert got.codes.item() == (0 if stored == 0 else min(round(7 * exact / stored), 7))
+    with pytest.raises(ValueError, match="numbers too large for the format"):
+        quantize(row(7 * 65520.0), FORMATS["int4-g32-f16"])
+    with pytest.raises(ValueError, match="numbers too large for the format"):
+        quantize(row(-65520.0), FORMATS["int4-g32-f16-min"])
+    # too small a group has no weights, and no minimum either
+    expect(
+        row(-7.4 * 2.0**-25), "int4-g32-f16-min", codes=[0], scales=[0.0], minimums=[0], values=[0]
+    )
+
+
+def test_what_ggml_and_gptq_store() -> None:
+    """Numbers that quantising does not make: negative scales, negative minimums, zero point 16."""
+    codes = torch.tensor([[0, 8, 15]], dtype=torch.uint8)
+    scales = torch.tensor([[-0.5]])
+    q4_0 = QuantizedTensor(
+        weight_format=FORMATS["int4-g32-f16"], codes=(codes.int() - 8).to(torch.int8), scales=scales
+    )
+    assert dequantize(q4_0).tolist() == [[4.0, 0.0, -3.5]]
+    q4_1 = QuantizedTensor(
+        weight_format=FORMATS["int4-g32-f16-min"],
+        codes=codes,
+        scales=-scales,
+        minimums=torch.tensor([[-0.25]]),
+    )
+    assert dequantize(q4_1).tolist() == [[0.25, 4.25, 7.75]]
+    gptq = QuantizedTensor(
+        weight_format=FORMATS["int4-g128-f16-asym"],
+        codes=codes,
+        scales=-scales,
+        zero_points=torch.tensor([[16]], dtype=torch.uint8),
+    )
+    assert dequantize(gptq).tolist() == [[-8.0, -4.0, -0.5]]
 
 
 def test_tie_of_the_zero_point_goes_to_the_even_one() -> None:
@@ -222,15 +309,22 @@ def test_error_is_at_most_half_a_step(name: str) -> None:
     * with a zero point, the codes of low and high may both have been rounded away from 0: half a
       step, and 15 * 2^-8 for the scale.
 
-    Float32 division and product, 2^-24 each of at most 127 steps: 2^-16.
+    With a minimum nothing is cut off but what rounding the minimum and the scale cost: less than
+    half a step, and never added to it.
+
+    Float32 division and product, 2^-24 each of at most 127 steps: 2^-16. Float16 is more exact than
+    bf16 as far as 2^-14, and ends at 65504: other weights are for its own test.
     """
     form = FORMATS[name]
     beyond = 15 * 2.0**-8 if form.has_zero_point else 0.0
+    magnitudes = torch.pow(10.0, torch.arange(64).unsqueeze(1) / 2 - 16)
+    if form.scale is ScaleType.FLOAT16:
+        magnitudes = magnitudes.clamp(1.0, 1e3)
     generator = torch.Generator().manual_seed(0)
     size = form.group_size or 300
     for shift in (0.0, 1.5, -1.5, 40.0):
         weight = torch.randn(64, 300, generator=generator) + shift
-        weight *= torch.pow(10.0, torch.arange(64).unsqueeze(1) / 2 - 16)
+        weight *= magnitudes
         got = quantize(weight, form)
         assert got.scales is not None
         step = got.scales.double().repeat_interleave(size, dim=1)[:, :300]
@@ -240,9 +334,11 @@ def test_error_is_at_most_half_a_step(name: str) -> None:
         groups = torch.split(weight, size, dim=1)
         for index, group in enumerate(groups):
             span = group.abs().amax(1) / (127 if form.element is Element.INT8 else 7)
-            if form.has_zero_point:
+            if form.has_zero_point or form.has_minimum:
                 span = (group.amax(1).clamp(min=0) - group.amin(1).clamp(max=0)) / 15
-            assert bool((got.scales[:, index] <= span * (1 + 2.0**-8 + 2.0**-22)).all())
+            # the minimum's own rounding is part of the scale's, once more
+            rounding = 2.0**-8 * (2 if form.has_minimum else 1) + 2.0**-22
+            assert bool((got.scales[:, index] <= span * (1 + rounding)).all())
 
 
 @pytest.mark.parametrize("name", INTEGER)
@@ -252,15 +348,19 @@ def test_codes_stay_within_their_bits(name: str) -> None:
     weight = torch.randn(50, 200, generator=generator) * torch.pow(
         2.0, torch.linspace(-149, 100, 50).unsqueeze(1)
     )
+    if form.scale is ScaleType.FLOAT16:
+        weight = weight.clamp(-1e4, 1e4)
     got = quantize(weight, form)
-    low, high = (0, 15) if form.has_zero_point else (-8, 7)
+    low, high = (-8, 7) if form.has_signed_codes else (0, 15)
     if form.element is Element.INT8:
         low, high = -127, 127
     assert low <= int(got.codes.min())
     assert int(got.codes.max()) <= high
     assert got.scales is not None
-    if form.scale is ScaleType.BF16:
-        assert torch.equal(got.scales, got.scales.bfloat16().float())
+    types = {ScaleType.BF16: torch.bfloat16, ScaleType.FLOAT16: torch.float16}
+    stored = types.get(form.scale or ScaleType.FLOAT32, torch.float32)
+    for numbers in (got.scales, got.minimums):
+        assert numbers is None or torch.equal(numbers, numbers.to(stored).float())
 
 
 # ---------------------------------------------------------------- sources
@@ -282,7 +382,7 @@ def test_strided_sources(name: str) -> None:
 
 
 def expect_equal(got: QuantizedTensor, want: QuantizedTensor) -> None:
-    for part in ("codes", "scales", "zero_points"):
+    for part in ("codes", "scales", "zero_points", "minimums", "output_scales"):
         a, b = getattr(got, part), getattr(want, part)
         assert (a is None and b is None) or torch.equal(a, b)
         assert a is None or part == "codes" or a.is_contiguous()

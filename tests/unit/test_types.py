@@ -127,7 +127,23 @@ def test_alpha_must_be_finite(value: float) -> None:
             "only int4 has zero points",
         ),
         ({"element": Element.BF16, "has_zero_point": True}, "only int4 has zero points"),
-        ({"element": Element.INT8, "scale": ScaleType.E8M0}, "integers have float32 or bf16"),
+        (
+            {"element": Element.INT8, "scale": ScaleType.FLOAT32, "has_minimum": True},
+            "only int4 has zero points or minimums",
+        ),
+        (
+            {
+                "element": Element.INT4,
+                "scale": ScaleType.FLOAT32,
+                "has_zero_point": True,
+                "has_minimum": True,
+            },
+            "a zero point or a minimum, not both",
+        ),
+        (
+            {"element": Element.INT8, "scale": ScaleType.E8M0},
+            "integers have float32, bf16 or float16",
+        ),
         ({"element": Element.FP4, "scale": ScaleType.E4M3, "group_size": 8}, "16, 32, 64, 128"),
     ],
 )
@@ -166,6 +182,18 @@ BITS: list[tuple[str, int, float]] = [
     ("int4-g32-asym", 4096, 4.75),  # (16 + 8) / 32
     ("int4-g64-asym", 4096, 4.375),
     ("int4-g128-asym", 4096, 4.1875),
+    ("int4-g32-min", 4096, 5.0),  # (16 + 16) / 32
+    ("int4-g64-min", 4096, 4.5),
+    ("int4-g128-min", 4096, 4.25),
+    ("int4-g32-f32-min", 4096, 6.0),  # (32 + 32) / 32
+    ("int8-g32-f16", 4096, 8.5),  # float16 is as large as bf16
+    ("int4-g32-f16", 4096, 4.5),
+    ("int4-g64-f16", 4096, 4.25),
+    ("int4-g128-f16", 4096, 4.125),
+    ("int4-g32-f16-asym", 4096, 4.75),
+    ("int4-g64-f16-asym", 4096, 4.375),
+    ("int4-g128-f16-asym", 4096, 4.1875),
+    ("int4-g32-f16-min", 4096, 5.0),
     ("int4-g32", 40, 4.8),  # two groups for 40 inputs: 4 + 32 / 40
     ("fp8", 4096, 8.25),  # 32 / 128
     ("fp8-channel", 4096, 8 + 32 / 4096),
@@ -191,6 +219,9 @@ def test_names_of_built_in_formats_say_what_they_are() -> None:
         "int8": lambda f: f.element is Element.INT8,
         "int4": lambda f: f.element is Element.INT4,
         "asym": lambda f: f.has_zero_point,
+        "min": lambda f: f.has_minimum,
+        "f16": lambda f: f.scale is ScaleType.FLOAT16,
+        "f32": lambda f: f.scale is ScaleType.FLOAT32 and f.group_size is not None,
         "fp8": lambda f: f.element is Element.FP8 and f.group_size == 128,
         "channel": lambda f: f.element is Element.FP8 and f.group_size is None,
         "mxfp8": lambda f: f.element is Element.FP8 and f.scale is ScaleType.E8M0,

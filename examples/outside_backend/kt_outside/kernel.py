@@ -98,11 +98,16 @@ class SlowpokeKernel(ExpertKernel):
         """Quantise what is dense; the caller's tensors are his own, so nothing of them is kept."""
         if isinstance(weight, torch.Tensor):
             weight = self._format.quantize(weight)
+        parts = {
+            "scales": weight.scales,
+            "zero_points": weight.zero_points,
+            "minimums": weight.minimums,
+            "output_scales": weight.output_scales,
+        }
         return QuantizedTensor(
             weight_format=weight.weight_format,
             codes=_copy(weight.codes),
-            scales=None if weight.scales is None else _copy(weight.scales),
-            zero_points=None if weight.zero_points is None else _copy(weight.zero_points),
+            **{name: _copy(part) for name, part in parts.items() if part is not None},
         )
 
     def _dense(self, weight: torch.Tensor | QuantizedTensor) -> torch.Tensor:
@@ -123,10 +128,12 @@ def stored_bytes(spec: MoeSpec, weight_format: Format) -> int:
     code_bytes = 2 if weight_format.element is Element.BF16 else 1
     group_bytes = 0 if weight_format.scale is None else 4
     group_bytes += 1 if weight_format.has_zero_point else 0
+    group_bytes += 4 if weight_format.has_minimum else 0
     total = 0
     for outputs, inputs in shapes:
         total += outputs * (inputs * code_bytes + weight_format.num_groups(inputs) * group_bytes)
         total += outputs * 4 if spec.has_bias else 0
+        total += outputs * 4 if weight_format.has_output_scale else 0
     return total
 
 

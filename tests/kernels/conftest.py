@@ -1,0 +1,37 @@
+"""The table at the end of a run over the grid: see test_grid.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say for each format and instruction set how many cells passed, of how many."""
+    passed: Counter[tuple[str, str, str]] = Counter()
+    total: Counter[tuple[str, str, str]] = Counter()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.getreports(outcome):
+            key = dict(report.user_properties).get("grid")
+            if key is not None:
+                total[key] += 1
+                passed[key] += outcome == "passed"
+    for kind in dict.fromkeys(key[0] for key in total):
+        terminalreporter.section(f"cells of the grid passed, {kind}")
+        for line in _table(
+            {key[1:]: n for key, n in total.items() if key[0] == kind}, passed, kind
+        ):
+            terminalreporter.write_line(line)
+
+
+def _table(
+    total: dict[tuple[str, str], int], passed: Counter[tuple[str, str, str]], kind: str
+) -> list[str]:
+    isas = list(dict.fromkeys(isa for _, isa in total))
+    names = list(dict.fromkeys(name for name, _ in total))
+    width = max(map(len, [*names, "format"]))
+    lines = ["  ".join(["format".ljust(width), *(isa.rjust(11) for isa in isas)])]
+    for name in names:
+        cells = (f"{passed[kind, name, isa]}/{total.get((name, isa), 0)}" for isa in isas)
+        lines.append("  ".join([name.ljust(width), *(cell.rjust(11) for cell in cells)]))
+    return lines
