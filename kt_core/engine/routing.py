@@ -9,22 +9,29 @@ the call is stopped there: what it would have sent where is the prediction.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from kt_core.engine.engine import Engine
+from kt_core.engine.engine import Engine, Prompt
 from kt_core.errors import UnsupportedModelError
-from kt_core.interfaces import ExpertGrid
+from kt_core.interfaces import ExpertGrid, Progress, RoutingStatistics, no_progress
 from kt_core.moe.hybrid_experts import HybridExperts
+from kt_core.placement.statistics import (
+    load_statistics,
+    merge,
+    save_statistics,
+    statistics_file,
+)
 from kt_core.placement.trace import NO_EXPERT, RoutingTrace
 
 
-class _StopHere(Exception):  # noqa: N818 - not an error: it ends a prediction
+class _StopHere(Exception):
     """Raised where a block calls its experts, when only its routing is wanted."""
 
 
@@ -94,7 +101,7 @@ class RoutingRecorder:
             prompt_steps=np.array(self._prompt_steps, dtype=np.int64),
         )
 
-    def _predictions(self, top_k: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    def _predictions(self, top_k: int) -> Any:
         nothing = [torch.full((self.num_tokens, top_k), -1)]  # nobody foretells the first layer
         return _joined([nothing, *self._predicted[1:]], top_k, np.uint16, NO_EXPERT)
 
@@ -204,3 +211,58 @@ class _Prophet:
                 self.is_asking = False
 
         return ask
+
+
+def record(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    raw: bool = False,
+    predicts: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> RoutingTrace:
+    """Answer prompts and return how they and their answers were routed.
+
+    The beginning that a prompt shares with the one before is not computed again, as ever, and so
+    is in the trace once.
+
+    Args:
+        engine: Whom to ask.
+        prompts: One after the other.
+        raw: As for ``Engine.encode``.
+        predicts: As for ``recording``.
+        progress: Told how many prompts are done.
+        options: Fields of ``GenerationOptions``.
+
+    Raises:
+        kt_core.errors.KtError: As ``Engine.stream`` and ``recording``.
+    """
+    with recording(engine, predicts=predicts) as recorder:
+        for done, prompt in enumerate(prompts):
+            progress(f"prompt {done + 1} of {len(prompts)}", done / len(prompts))
+            recorder.begin_prompt()
+            for _ in engine.stream(prompt, raw=raw, **options):
+                pass
+        return recorder.trace(engine)
+
+
+def saved_statistics(engine: Engine) -> RoutingStatistics | None:
+    """Return what earlier runs of this model left; None where there is nothing.
+
+    Raises:
+        TraceError: The file is damaged.
+    """
+    return load_statistics(statistics_file(Path(engine.stats().model)))
+
+
+def remember(engine: Engine, trace: RoutingTrace) -> Path:
+    """Add a trace to the model's statistics, for the next start, and return their file.
+
+    Raises:
+        TraceError: The file is damaged or cannot be written.
+    """
+    file = statistics_file(Path(engine.stats().model))
+    known, new = load_statistics(file), trace.statistics()
+    save_statistics(new if known is None else merge(known, new), file)
+    return file

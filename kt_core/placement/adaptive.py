@@ -1,12 +1,12 @@
 """Follows the routing while the engine runs: a cache over all layers and experts.
 
 What is estimated is the rate of each expert, in pairs per token, twice: *slowly*, over some 700
-tokens and with the statistics of earlier runs as a start, which is precise, and *fast*, over some 46
-tokens, which is recent. Where the two differ more than chance explains (Pearson's chi-squared test
-of one layer, after each step), the layer has begun to be used otherwise: its slow estimate is
-dropped for the fast one, and grows precise again from there. So popularity that stays gives a
-placement at least as good as counting for ever, and popularity that changes is noticed within tens of
-tokens; a single average can be had precise or quick, not both.
+tokens and with the statistics of earlier runs as a start, which is precise, and *fast*, over some
+46 tokens, which is recent. Where the two differ more than chance explains (Pearson's chi-squared
+test of one layer, after each step), the layer has begun to be used otherwise: its slow estimate is
+dropped for the fast one, and grows precise again from there. So popularity that stays is known as
+if by counting for ever, and popularity that changes is noticed within tens of tokens; a single
+average is precise or quick, never both.
 
 An expert is loaded in place of another when its rate is higher by more than one standard error of
 the difference: this is the hysteresis that keeps experts of like use from changing places for ever.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from kt_core.interfaces.placement_policy import Counts, Mask
 
-# Chosen among others on synthetic traces and a small model's: bench/placement.py, docs/placement.md.
+# Chosen among others on synthetic traces and those of a small model: docs/placement.md.
 SLOW_HALF_LIFE, FAST_HALF_LIFE = 512.0, 32.0  # tokens
 CHANGE_SIGMAS, SWAP_SIGMAS = 4.0, 1.0
 # Swaps are listed one by one, in Python: a bound on the time of one step, not on the link.
@@ -69,9 +69,7 @@ class AdaptivePlacement(OnlinePlacement):
     never asked for, so they never move.
     """
 
-    def __init__(
-        self, statistics: RoutingStatistics, budget_bytes: int, grid: ExpertGrid
-    ) -> None:
+    def __init__(self, statistics: RoutingStatistics, budget_bytes: int, grid: ExpertGrid) -> None:
         """Begin with the statistics, as if the latest tokens had been like them."""
         import numpy as np
 
@@ -103,12 +101,15 @@ class AdaptivePlacement(OnlinePlacement):
     def _learn(self, counts: Counts, tokens: int) -> None:
         import numpy as np
 
-        for values, half_life in ((self._slow, SLOW_HALF_LIFE), (self._fast, FAST_HALF_LIFE)):
-            values *= 0.5 ** (tokens / half_life)
-            values += counts
-        self._slow_tokens *= 0.5 ** (tokens / SLOW_HALF_LIFE)
+        slow_part = 0.5 ** (tokens / SLOW_HALF_LIFE)  # of the past that is left
+        self._slow *= slow_part
+        self._slow += counts
+        self._slow_tokens *= slow_part
         self._slow_tokens += tokens
-        self._fast_tokens = self._fast_tokens * 0.5 ** (tokens / FAST_HALF_LIFE) + tokens
+        fast_part = 0.5 ** (tokens / FAST_HALF_LIFE)
+        self._fast *= fast_part
+        self._fast += counts
+        self._fast_tokens = self._fast_tokens * fast_part + tokens
         expected = self._slow * (self._fast_tokens / self._slow_tokens)
         # A sum of Poisson counts that fade with d has variance mean / (1 + d), about mean / 2. The
         # half added keeps experts that are hardly ever used from deciding the test.

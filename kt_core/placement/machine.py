@@ -1,4 +1,4 @@
-"""How long a step takes on a machine that is described by a few numbers: a model, not a measurement.
+"""How long a step takes on a machine described by a few numbers: a model, not a measurement.
 
 For each layer, the two devices work at the same time, each bound by memory or by arithmetic::
 

@@ -88,7 +88,7 @@ def draw_heatmap(
             raise _unwritable(file, error) from error
         return
     layers, width = grid.shape
-    figure = _new_figure(min(3 + width / 12, 24), min(2 + layers / 6, 24))
+    figure = _new_figure(min(6 + width / 12, 24), min(3 + layers / 6, 24))
     axes = figure.subplots()
     is_there = np.arange(width) < np.array(grid.num_experts)[:, None]
     shown = np.ma.masked_array(_share(counts), mask=~is_there)
@@ -96,10 +96,12 @@ def draw_heatmap(
     figure.colorbar(image, label="use, 1 = an even share")
     if resident is not None:
         rows, columns = np.nonzero(resident)
-        axes.plot(columns, rows, "s", color="white", markersize=1.5, label="on the accelerator")
-        axes.legend(loc="upper right")
-    axes.set_title(title)
-    axes.set_xlabel("expert")
+        axes.plot(columns, rows, "s", color="white", markersize=1.5)
+    figure.suptitle(title, wrap=True)
+    note = "" if resident is None else " (dots: on the accelerator)"
+    axes.set_xlabel(f"expert{note}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("layer")
     _save(figure, file)
 
@@ -134,7 +136,8 @@ def heatmap_html(
         " Framed: on the accelerator." if resident is not None else ""
     )
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title>\n"
         "<style>body{font-family:sans-serif;margin:2em}.hot{stroke:#e4572e;stroke-width:2}</style>\n"
         f"<h1>{html.escape(title)}</h1>\n<p>{note} Rows: {layers} layers. "
         f"Columns: up to {width} experts.</p>\n"

@@ -65,7 +65,9 @@ class Simulation:
     granted_bytes: npt.NDArray[np.int64]
     moved_bytes: npt.NDArray[np.int64]
 
-    def hit_rate(self, *, is_decode: bool | None = None, first: int = 0, last: int = 2**62) -> float:
+    def hit_rate(
+        self, *, is_decode: bool | None = None, first: int = 0, last: int = 2**62
+    ) -> float:
         """Return hits over pairs; NaN where there are none.
 
         Args:

@@ -76,12 +76,7 @@ def load_statistics(file: Path) -> RoutingStatistics | None:
         TraceError: The file holds no statistics that this version reads.
     """
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
-        if (found["format"], found["version"]) != (FORMAT, VERSION):
-            msg = f"it is {found['format']} version {found['version']}, not {FORMAT} {VERSION}"
-            raise ValueError(msg)
-        counts = tuple(tuple(map(float, layer)) for layer in found["counts"])
-        return RoutingStatistics(counts=counts, tokens=float(found["tokens"]))
+        return _from_json(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -90,3 +85,11 @@ def load_statistics(file: Path) -> RoutingStatistics | None:
             "delete it, `kt trace` writes it anew"
         )
         raise TraceError(msg) from error
+
+
+def _from_json(found: Any) -> RoutingStatistics:
+    if (found["format"], found["version"]) != (FORMAT, VERSION):
+        msg = f"it is {found['format']} version {found['version']}, not {FORMAT} {VERSION}"
+        raise ValueError(msg)
+    counts = tuple(tuple(map(float, layer)) for layer in found["counts"])
+    return RoutingStatistics(counts=counts, tokens=float(found["tokens"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from kt_core.interfaces import ExpertGrid
@@ -38,8 +40,10 @@ def zipf_trace(
     generator = np.random.default_rng(seed)
     ends = np.linspace(0, tokens, shifts + 2).astype(int)
     ids = np.empty((tokens, grid.num_layers, top_k), dtype=np.uint16)
-    step_tokens, is_decode, prompt_steps = [], [], []
-    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+    step_tokens: list[int] = []
+    is_decode: list[int] = []
+    prompt_steps: list[int] = []
+    for start, stop in itertools.pairwise(ends):
         for layer, count in enumerate(grid.num_experts):
             ranks = generator.permutation(count) + 1.0
             keys = -exponent * np.log(ranks) + generator.gumbel(size=(stop - start, count))

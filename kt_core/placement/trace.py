@@ -5,7 +5,7 @@ The file is safetensors. Tensors:
 =================  ===================  =========================================================
 ``expert_ids``     uint16 [T, L, K]     experts of each token in each layer; 65535: none
 ``weights``        float16 [T, L, K]    routing weights, in the order of the ids (may be absent)
-``predicted_ids``  uint16 [T, L, K]     what layer ``l - 1`` foretold (may be absent); none in layer 0
+``predicted_ids``  uint16 [T, L, K]     what the layer before foretold (may be absent)
 ``step_tokens``    int64 [S]            tokens of each forward pass, in order; they add up to T
 ``step_is_decode`` uint8 [S]            1 where the pass continued an answer, 0 for a prefill
 ``prompt_steps``   int64 [P]            the first step of each prompt, ascending from 0
@@ -20,7 +20,7 @@ error.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,36 +78,37 @@ class RoutingTrace:
     predicted_ids: Ids | None = None
 
     def __post_init__(self) -> None:
-        if problem := self._problem():
+        for problem in self._problems():
             msg = f"not a routing trace: {problem}"
             raise ValueError(msg)
 
-    def _problem(self) -> str | None:
-        """What does not fit together, or None."""
+    def _problems(self) -> Iterator[str]:
+        """What does not fit together, the simplest first."""
         for name, dtype in _DTYPES.items():
             values = getattr(self, name)
             if values is not None and values.dtype != dtype:
-                return f"{name} is {values.dtype}, not {np.dtype(dtype)}"
+                yield f"{name} is {values.dtype}, not {np.dtype(dtype)}"
         if self.expert_ids.ndim != 3 or self.expert_ids.shape[1] != self.grid.num_layers:
-            return f"expert_ids is {self.expert_ids.shape}, the grid has {self.grid.num_layers} layers"
+            yield (
+                f"expert_ids is {self.expert_ids.shape}, the grid has {self.grid.num_layers} layers"
+            )
         for name in _OPTIONAL:
             values = getattr(self, name)
             if values is not None and values.shape != self.expert_ids.shape:
-                return f"{name} is {values.shape}, expert_ids {self.expert_ids.shape}"
+                yield f"{name} is {values.shape}, expert_ids {self.expert_ids.shape}"
         if len(self.expert_weights) != self.grid.num_layers or min(self.expert_weights) < 1:
-            return f"expert_weights is {self.expert_weights}"
+            yield f"expert_weights is {self.expert_weights}"
         if (self.step_tokens < 1).any() or self.step_tokens.sum() != self.num_tokens:
-            return f"the steps do not add up to {self.num_tokens} tokens"
+            yield f"the steps do not add up to {self.num_tokens} tokens"
         if self.step_is_decode.shape != self.step_tokens.shape:
-            return "step_is_decode and step_tokens differ in length"
+            yield "step_is_decode and step_tokens differ in length"
         starts = self.prompt_steps.tolist()
         if starts != sorted(set(starts)) or starts[:1] != [0] or starts[-1] >= self.num_steps:
-            return f"prompt_steps is {starts[:5]} ..., of {self.num_steps} steps"
+            yield f"prompt_steps is {starts[:5]} ..., of {self.num_steps} steps"
         limits = np.array(self.grid.num_experts)[:, None]
         for ids in (self.expert_ids, self.predicted_ids):
             if ids is not None and bool(((ids >= limits) & (ids != NO_EXPERT)).any()):
-                return "an expert id is beyond the experts of its layer"
-        return None
+                yield "an expert id is beyond the experts of its layer"
 
     @property
     def num_tokens(self) -> int:
@@ -142,7 +143,7 @@ class RoutingTrace:
         )
 
     def split(self, fraction: float) -> tuple[RoutingTrace, RoutingTrace]:
-        """Cut in two between prompts, where the first part comes closest to this part of the tokens.
+        """Cut in two between prompts, the first as near to this part of the tokens as can be.
 
         Raises:
             ValueError: There is one prompt only.
@@ -206,7 +207,8 @@ def load_trace(file: Path) -> RoutingTrace:
         with safe_open(file, framework="numpy") as stored:
             metadata: Mapping[str, str] = stored.metadata() or {}
             _check_version(file, metadata)
-            arrays = {name: stored.get_tensor(name) for name in _DTYPES if name in stored.keys()}
+            names = set(stored.keys())
+            arrays = {name: stored.get_tensor(name) for name in _DTYPES if name in names}
         return _from_parts(metadata, arrays)
     except FileNotFoundError as error:
         msg = f"there is no trace {str(file)!r}; `kt trace MODEL --prompts FILE -o TRACE` makes one"
