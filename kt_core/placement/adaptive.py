@@ -150,7 +150,8 @@ class AdaptivePlacement(OnlinePlacement):
             evict = victims[first:last].tolist()
             gain = rates[cell] - sum(rates[victim] for victim in evict)
             error = math.sqrt(float(variances[[cell, *evict]].sum()))
-            if room < size or size > link_bytes or gain <= SWAP_SIGMAS * error:
+            is_better = not evict or gain > SWAP_SIGMAS * error
+            if room < size or size > link_bytes or not is_better:
                 continue
             first, free, link_bytes = last, room - size, link_bytes - size
             ids = [ExpertId(*divmod(victim, width)) for victim in evict]
