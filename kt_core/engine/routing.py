@@ -86,7 +86,7 @@ class RoutingRecorder:
         top_k = max(ids[0].shape[1] for ids in self._ids)
         kernels = [module.kernels[0] for module in modules]
         return RoutingTrace(
-            model=f"{stats.model} ({stats.model_type}, {stats.format})",
+            model=f"{Path(stats.model).name} ({stats.model_type}, {stats.format})",
             grid=ExpertGrid(
                 num_experts=tuple(module.spec.num_experts for module in modules),
                 expert_bytes=tuple(kernel.bytes_per_expert for kernel in kernels),

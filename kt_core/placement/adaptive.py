@@ -138,8 +138,11 @@ class AdaptivePlacement(OnlinePlacement):
         wanted = np.flatnonzero(~is_resident & (worth > floor))
         most = min(link_bytes // int(self._sizes.min()), MOST_SWAPS)
         wanted = _best(wanted, -worth, most)
-        victims = _best(np.flatnonzero(is_resident), worth, 4 * len(wanted))
-        rates, variances = rate.ravel().tolist(), variance.ravel()
+        if not len(wanted):
+            return []
+        victims = np.flatnonzero(is_resident & (worth < worth[wanted[0]]))
+        victims = _best(victims, worth, 4 * len(wanted))
+        rates, variances = rate.ravel(), variance.ravel()
         swaps: list[Swap] = []
         first = 0  # of the victims that are left, the least used first
         for cell in wanted.tolist():
@@ -148,8 +151,8 @@ class AdaptivePlacement(OnlinePlacement):
                 room += self._grid.expert_bytes[int(victims[last]) // width]
                 last += 1
             evict = victims[first:last].tolist()
-            gain = rates[cell] - sum(rates[victim] for victim in evict)
-            error = math.sqrt(float(variances[[cell, *evict]].sum()))
+            gain = float(rates[cell]) - sum(float(rates[victim]) for victim in evict)
+            error = math.sqrt(sum(float(variances[moved]) for moved in (cell, *evict)))
             is_better = not evict or gain > SWAP_SIGMAS * error
             if room < size or size > link_bytes or not is_better:
                 continue

@@ -89,6 +89,8 @@ def draw_heatmap(
         return
     layers, width = grid.shape
     figure = _new_figure(min(6 + width / 12, 24), min(3 + layers / 6, 24))
+    from matplotlib.ticker import MaxNLocator  # it is there: the figure could be made
+
     axes = figure.subplots()
     is_there = np.arange(width) < np.array(grid.num_experts)[:, None]
     shown = np.ma.masked_array(_share(counts), mask=~is_there)
@@ -100,8 +102,8 @@ def draw_heatmap(
     figure.suptitle(title, wrap=True)
     note = "" if resident is None else " (dots: on the accelerator)"
     axes.set_xlabel(f"expert{note}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("layer")
     _save(figure, file)
 

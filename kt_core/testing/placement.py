@@ -155,7 +155,8 @@ def _counts(grid: ExpertGrid, steps: int) -> Iterator[npt.NDArray[np.int64]]:
         counts = np.zeros((layers, width), dtype=np.int64)
         for layer, number in enumerate(grid.num_experts):
             favourite = 0 if step < steps // 2 else number - 1
-            counts[layer, [favourite, generator.integers(number)]] += 1
+            for expert in {favourite, int(generator.integers(number))}:
+                counts[layer, expert] += 1
         yield counts
 
 

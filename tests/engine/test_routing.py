@@ -69,6 +69,7 @@ def test_recorded_is_what_the_routers_said(engine: Engine) -> None:
     assert trace.step_is_decode.tolist() == [0, *[1] * 5] * 2
     assert trace.prompt_steps.tolist() == [0, 6]
     assert trace.predicted_ids is None
+    assert trace.model == "stories-moe (qwen3_moe, bf16)"
     module = expert_modules(engine)[0]
     assert trace.grid.num_experts == (16,) * 4
     assert trace.grid.expert_bytes == (module.kernels[0].bytes_per_expert,) * 4
