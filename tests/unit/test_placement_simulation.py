@@ -1,4 +1,7 @@
-"""Traces and their files, the machine model, the simulator, statistics, predictions."""
+"""Traces and their files, the machine model, the simulator, statistics, predictions.
+
+Longer than most files: the small trace at its top serves every test.
+"""
 
 from __future__ import annotations
 
