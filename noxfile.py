@@ -76,7 +76,7 @@ def cpu_flags() -> set[str]:
 @nox.session(default=False)
 def env(session: nox.Session) -> None:
     """Install kt, with a CPU build of torch, and the tools that must import it."""
-    session.install(*CONSTRAINTS, *build_options("env"), ".", "mypy", "pytest")
+    session.install(*CONSTRAINTS, *build_options("env"), ".[plot]", "mypy", "pytest")
 
 
 @needs_env

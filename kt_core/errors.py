@@ -53,3 +53,11 @@ class ContextLengthError(KtError):
 
 class InvalidRequestError(KtError):
     """An argument is out of its range."""
+
+
+class TraceError(KtError):
+    """A routing trace or routing statistics cannot be read, or belong to another model."""
+
+
+class MissingExtraError(KtError):
+    """Something is asked for that needs an optional package, which is not installed."""

@@ -14,7 +14,7 @@ import pluggy
 import typer
 
 from kt_core import __version__, plugins
-from kt_core.cli import backends, bench, doctor, models, run, version
+from kt_core.cli import backends, bench, doctor, models, place, run, trace, version
 from kt_core.cli import plugins as plugins_command
 from kt_core.cli.app import App
 from kt_core.cli.output import LogHandler, complain, remark, write
@@ -49,7 +49,8 @@ def build_app(registry: plugins.Registry) -> App:
         context_settings={"obj": registry, "help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (run, bench, doctor, backends, models, plugins_command, version):
+    commands = (run, bench, trace, place, doctor, backends, models, plugins_command, version)
+    for command in commands:
         command.register(app)
     registry.add_commands(app)
     return app

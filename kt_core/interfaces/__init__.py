@@ -12,20 +12,36 @@ from kt_core.interfaces.expert_kernel import (
 )
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
+from kt_core.interfaces.placement_policy import (
+    ExpertGrid,
+    ExpertId,
+    OnlinePlacement,
+    Placement,
+    PlacementPolicy,
+    RoutingStatistics,
+    Swap,
+)
 from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat, stored_parts
 
 __all__ = [
     "Backend",
     "ExpertDevice",
     "ExpertGradients",
+    "ExpertGrid",
+    "ExpertId",
     "ExpertKernel",
     "ExpertWeights",
     "ExpertsSite",
     "LoraWeights",
     "ModelAdapter",
     "ModelSource",
+    "OnlinePlacement",
+    "Placement",
+    "PlacementPolicy",
     "Progress",
     "QuantizedTensor",
+    "RoutingStatistics",
+    "Swap",
     "Ticket",
     "WeightFormat",
     "no_progress",

@@ -7,7 +7,7 @@ Subclass a suite in a test file, name what is to be tested, and pytest does the 
     class TestMyBackend(BackendContract):
         backend = MyBackend()
 
-See docs/add-a-backend.md, docs/add-a-model.md and docs/add-a-format.md.
+See docs/add-a-backend.md, docs/add-a-model.md, docs/add-a-format.md and docs/placement.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ pytest.register_assert_rewrite(
     "kt_core.testing.backend_rules",
     "kt_core.testing.common",
     "kt_core.testing.model_adapter",
+    "kt_core.testing.placement",
     "kt_core.testing.weight_format",
 )
 
 from kt_core.testing.backend import BackendContract  # noqa: E402
 from kt_core.testing.backend_harness import ACTIVATIONS  # noqa: E402
 from kt_core.testing.model_adapter import ModelAdapterContract  # noqa: E402
+from kt_core.testing.placement import PlacementPolicyContract  # noqa: E402
 from kt_core.testing.reference_kernel import (  # noqa: E402
     ExactKernel,
     FinishedTicket,
@@ -43,6 +45,7 @@ __all__ = [
     "ExactKernel",
     "FinishedTicket",
     "ModelAdapterContract",
+    "PlacementPolicyContract",
     "ReferenceBackend",
     "ReferenceDevice",
     "ReferenceKernel",

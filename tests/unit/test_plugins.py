@@ -28,6 +28,7 @@ from kt_core.interfaces import (
     ExpertDevice,
     ModelAdapter,
     ModelSource,
+    PlacementPolicy,
     QuantizedTensor,
     WeightFormat,
 )
@@ -98,6 +99,16 @@ class FakeSource(ModelSource):
         self.name = name
 
     def resolve(self, cache_dir: Path, progress: Any = None) -> Path:
+        raise NotImplementedError
+
+
+class FakePolicy(PlacementPolicy):
+    description = "not a policy"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def place(self, *arguments: Any) -> Any:
         raise NotImplementedError
 
 
@@ -190,6 +201,7 @@ def test_without_entry_points_nothing_is_there(install: Callable[..., None]) -> 
         assert registry.adapters.names() == ()
         assert registry.generic_adapters == []
         assert registry.sources.names() == ()
+        assert registry.policies.names() == ()
 
 
 def test_every_package_of_the_wheel_is_installed_by_name() -> None:
@@ -197,7 +209,11 @@ def test_every_package_of_the_wheel_is_installed_by_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     declared = project["project"]["entry-points"]["kt"]
     packages = {Path(p).name for p in project["tool"]["scikit-build"]["wheel"]["packages"]}
-    assert set(declared.values()) == {*packages - {"kt_core"}, "kt_core.quant"}
+    assert set(declared.values()) == {
+        *packages - {"kt_core"},
+        "kt_core.placement",
+        "kt_core.quant",
+    }
     assert packages == {"kt_core"} | {
         path.name
         for top in ("backends", "plugins")
@@ -208,6 +224,7 @@ def test_every_package_of_the_wheel_is_installed_by_name() -> None:
     assert declared.items() <= registry.plugins.items()
     assert registry.backends.owner("cpu") == "cpu"
     assert registry.formats.owner("int4") == "formats"
+    assert registry.policies.owner("adaptive") == "placement"
 
 
 def test_two_plugins_of_one_name_are_both_named(install: Callable[..., None]) -> None:
@@ -370,6 +387,17 @@ def test_hook_kt_register_model_sources() -> None:
     assert "huge" not in registry.sources
 
 
+def test_hook_kt_register_placement_policies() -> None:
+    policy = FakePolicy("nearest")
+
+    def kt_register_placement_policies(register: Callable[[PlacementPolicy], None]) -> None:
+        register(policy)
+
+    registry = load(plugin("ktt", kt_register_placement_policies=kt_register_placement_policies))
+    assert registry.policies.get("nearest") is policy
+    assert registry.policies.names() == ("nearest",)
+
+
 def test_hook_kt_register_commands() -> None:
     """Not run by load: only a command line has an application to add to."""
 
@@ -421,6 +449,15 @@ def test_a_name_registered_twice_names_both_owners() -> None:
             "model 's'",
             plugin("first", kt_register_model_sources=lambda register: register(FakeSource("s"))),
             plugin("second", kt_register_model_sources=lambda register: register(FakeSource("s"))),
+        ),
+        (
+            "placement policy 'p'",
+            *(
+                plugin(
+                    name, kt_register_placement_policies=lambda register: register(FakePolicy("p"))
+                )
+                for name in ("first", "second")
+            ),
         ),
     ]
     for what, first, second in cases:
