@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import pluggy
 
-from kt_core.interfaces import Backend, ModelAdapter, ModelSource, WeightFormat
+from kt_core.interfaces import Backend, ModelAdapter, ModelSource, NamedConfig, WeightFormat
 
 if TYPE_CHECKING:
     import typer
@@ -45,6 +45,11 @@ def kt_register_model_adapters(register: Register[ModelAdapter]) -> None:
 @hookspec
 def kt_register_model_sources(register: Register[ModelSource]) -> None:
     """Register models that can be had by name."""
+
+
+@hookspec
+def kt_register_model_configs(register: Register[NamedConfig]) -> None:
+    """Register configs of released models, which ``kt plan`` can plan for by name."""
 
 
 @hookspec

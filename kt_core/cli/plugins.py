@@ -47,6 +47,7 @@ def _describe(registry: Registry) -> list[dict[str, Any]]:
         "formats": registry.formats,
         "model adapters": registry.adapters,
         "models": registry.sources,
+        "model configs": registry.configs,
     }
     return [
         {
