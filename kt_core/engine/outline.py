@@ -9,6 +9,7 @@ tensors are looked at, operators are counted as they are dispatched.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,10 +24,12 @@ from kt_core.errors import ModelSourceError, UnsupportedModelError
 from kt_core.interfaces import ExpertsSite, Progress, no_progress
 from kt_core.moe.hybrid_experts import HybridExperts
 from kt_core.paths import cache_dir
-from kt_core.plan import ExpertLayer, ModelOutline
+from kt_core.plan import ExpertLayer, LinearLayers, ModelOutline
 from kt_core.plugins import Registry
 from kt_core.types import MoeSpec
 
+# A panel of packed weights; what has fewer outputs is a gate.
+_SMALLEST_OUTPUTS = 16
 _PARTS = (
     "embeddings", "output_head", "attention_and_dense_layers", "routers_and_shared_experts", "rest",
 )  # fmt: skip
@@ -103,7 +106,7 @@ def outline_config(
     own, _ = split_tied(model, sites)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dense_bytes = _dense_parts(model, sites)
-    linear_features = _linear_features(model, sites)
+    linears = _linears(model, sites)
     recorders = {site.module_name: _Recorder(site.spec) for site in sites}
     for site in sites:
         _swap(model, site, recorders[site.module_name])
@@ -124,7 +127,7 @@ def outline_config(
         parameters=parameters,
         dense_dtype=str(dtype).removeprefix("torch."),
         dense_bytes=dense_bytes,
-        linear_features=linear_features,
+        linears=linears,
         expert_layers=tuple(
             ExpertLayer(spec=site.spec, top_k=recorders[site.module_name].top_k) for site in own
         ),
@@ -181,12 +184,23 @@ def _layer_lists(sites: list[ExpertsSite]) -> tuple[str, ...]:
     return tuple({re.split(r"\.\d+\.", site.parameter_prefix)[0] + "." for site in sites})
 
 
-def _linear_features(model: PreTrainedModel, sites: list[ExpertsSite]) -> int:
+def _linears(model: PreTrainedModel, sites: list[ExpertsSite]) -> tuple[LinearLayers, ...]:
+    """Linear layers that can be packed: no routers, nothing that shares its weight."""
     layers = _layer_lists(sites)
-    return sum(
-        module.in_features + module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(layers)
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    routers = {site.spec.num_experts for site in sites}
+    tied = {id(p) for p in model.get_input_embeddings().parameters()}
+    shapes: Counter[tuple[int, int]] = Counter()
+    for name, module in model.named_modules():
+        is_wanted = type(module) is nn.Linear and (name.startswith(layers) or module is head)
+        if not is_wanted or id(module.weight) in tied:
+            continue
+        out_features, in_features = (int(size) for size in module.weight.shape)
+        if out_features >= _SMALLEST_OUTPUTS and out_features not in routers:
+            shapes[out_features, in_features] += 1
+    return tuple(
+        LinearLayers(out_features=out_features, in_features=in_features, count=count)
+        for (out_features, in_features), count in shapes.items()
     )
 
 

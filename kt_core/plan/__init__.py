@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kt_core.plan.advice import advise
 from kt_core.plan.machine import Card, ExpertRates, HostRates, Machine
-from kt_core.plan.outline import CacheLayer, DenseWork, ExpertLayer, ModelOutline
-from kt_core.plan.planner import Plan, Planner, Wish
+from kt_core.plan.outline import CacheLayer, DenseWork, ExpertLayer, LinearLayers, ModelOutline
+from kt_core.plan.planner import Formats, Plan, Planner, Wish
 from kt_core.plan.roofline import CardEfficiency, Speed, Times
 from kt_core.plan.training import TrainingMemory, training_memory
 
@@ -16,7 +16,9 @@ __all__ = [
     "DenseWork",
     "ExpertLayer",
     "ExpertRates",
+    "Formats",
     "HostRates",
+    "LinearLayers",
     "Machine",
     "ModelOutline",
     "Plan",

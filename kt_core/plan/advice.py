@@ -6,24 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from kt_core.plan.machine import Card
-from kt_core.plan.planner import Plan, Planner, Wish
+from kt_core.plan.planner import Formats, Plan, Planner, Wish
 from kt_core.plan.units import gigabytes
-from kt_core.types import Format
 
 # A smaller format is worth a word where it makes decoding this much faster.
 _WORTHWHILE = 1.2
 
 
-def advise(planner: Planner, plan: Plan, formats: Sequence[Format], wish: Wish) -> tuple[str, ...]:
+def advise(planner: Planner, plan: Plan, choices: Sequence[Formats], wish: Wish) -> tuple[str, ...]:
     """Return advice about a plan.
 
     Args:
         planner: Who made it.
         plan: The plan.
-        formats: Formats that could be used, best first.
+        choices: Formats that could be used, best first.
         wish: What was wished for.
     """
-    others = [planner.plan(f, wish) for f in formats if f.name != plan.weight_format.name]
+    others = [planner.plan(formats, wish) for formats in choices if formats != plan.formats]
     sentences = _if_it_fits if plan.fits else _if_it_does_not
     return tuple(sentences(planner, plan, others, wish))
 
@@ -35,18 +34,17 @@ def _if_it_does_not(
         if missing := plan.missing_bytes(tier):
             yield (
                 f"{tier} memory lacks {gigabytes(missing)}: {gigabytes(plan.used_bytes(tier))} are "
-                f"needed as {plan.weight_format.name}, "
+                f"needed with {plan.formats.options}, "
                 f"{gigabytes(plan.capacity_by_tier[tier])} are there"
             )
     fitting = [other for other in others if other.fits]
     for other in fitting:
-        name = other.weight_format.name
         size = gigabytes(other.total_weight_bytes)
-        yield f"it fits as {name}, {size} of weights: --format {name}"
+        yield f"it fits with {other.formats.options}: {size} of weights"
     if plan.max_context >= 1:
         yield f"it fits with a context of {plan.max_context} tokens: --context {plan.max_context}"
     if wish.hot_experts:
-        fewer = planner.plan(plan.weight_format, replace(wish, hot_experts=None))
+        fewer = planner.plan(plan.formats, replace(wish, hot_experts=None))
         if fewer.fits:
             hot = fewer.hot_experts
             yield f"it fits with {hot} experts on the accelerator: --hot-experts {hot}"
@@ -57,7 +55,7 @@ def _if_it_does_not(
 def _what_would_do(planner: Planner, smallest: Plan) -> str:
     """Name a machine on which the smallest format fits."""
     host = gigabytes(smallest.used_bytes("host"))
-    text = f"as {smallest.weight_format.name} it fits into {host} of host memory (--ram)"
+    text = f"with {smallest.formats.options} it fits into {host} of host memory (--ram)"
     if planner.machine.card is None:
         return text
     return (
@@ -66,13 +64,12 @@ def _what_would_do(planner: Planner, smallest: Plan) -> str:
 
 
 def _if_it_fits(planner: Planner, plan: Plan, others: Sequence[Plan], wish: Wish) -> Iterator[str]:
-    name = plan.weight_format.name
-    yield f"--format {name} loses least of those that fit" if others else f"--format {name} fits"
+    yield f"{plan.formats.options}" + (" loses least of what fits" if others else " fits")
     for other in others:
         gain = other.decode_tokens_per_s / plan.decode_tokens_per_s
         if other.fits and gain >= _WORTHWHILE:
             yield (
-                f"--format {other.weight_format.name} decodes {gain:.1f} times as fast, "
+                f"{other.formats.options} decodes {gain:.1f} times as fast, "
                 f"{other.decode_tokens_per_s:.1f} tokens/s, with more loss"
             )
     if card := planner.machine.card:
@@ -103,7 +100,7 @@ def _about_hot_experts(planner: Planner, plan: Plan, wish: Wish, card: Card) -> 
     if plan.hot_experts < total:
         larger = replace(card, memory_bytes=2 * card.memory_bytes)
         twice = replace(planner, machine=replace(planner.machine, card=larger))
-        speed = twice.plan(plan.weight_format, replace(wish, hot_experts=None)).decode_tokens_per_s
+        speed = twice.plan(plan.formats, replace(wish, hot_experts=None)).decode_tokens_per_s
         yield f"with twice the accelerator memory it would decode {speed:.1f} tokens/s"
 
 

@@ -14,6 +14,8 @@ ExpertBytes: TypeAlias = Callable[[MoeSpec, Format], int]
 RESERVE_BYTES = 300_000_000
 # `--format auto` takes the first of these that fits: least loss first.
 AUTO_FORMATS = ("bf16", "int8", "int4")
+# `kt plan --dense-format auto` the same, for the linear layers of the dense part.
+AUTO_DENSE_FORMATS = ("none", "int8")
 
 
 def format_names(asked_for: str) -> tuple[str, ...]:

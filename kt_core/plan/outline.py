@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kt_core.types import MoeSpec
+from kt_core.types import Format, MoeSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,30 @@ class ExpertLayer:
         """
         missed = (1 - self.top_k / self.spec.num_experts) ** tokens
         return self.spec.num_experts * (1 - missed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLayers:
+    """Dense layers of one shape, which can be packed as experts are.
+
+    Attributes:
+        out_features: Outputs.
+        in_features: Inputs.
+        count: How many there are.
+    """
+
+    out_features: int
+    in_features: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Elements of all their weights."""
+        return self.out_features * self.in_features * self.count
+
+    def packed_bytes(self, weight_format: Format) -> int:
+        """Bytes of their weights in that format, without what a device pads them to."""
+        return round(self.weights * weight_format.bits_per_weight(self.in_features) / 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +112,7 @@ class ModelOutline:
         dense_bytes: By part, everything but the routed experts.
         decode_read_bytes: Of ``dense_bytes``, what one new token reads.
         expert_layers: Layers with routed experts that have weights of their own.
-        linear_features: Inputs plus outputs of all linear layers among the decoder layers; a LoRA
-            of rank r on all of them has r times as many parameters.
+        linears: Linear layers of attention, dense MLPs and shared experts, and the output head.
         cache: One entry per layer that keeps something.
         decode: One new token after ``d`` others: ``d`` pairs.
         prefill: ``n`` new tokens at once: ``n^2`` pairs.
@@ -104,7 +127,7 @@ class ModelOutline:
     dense_dtype: str
     dense_bytes: Mapping[str, int]
     decode_read_bytes: int
-    linear_features: int
+    linears: tuple[LinearLayers, ...]
     expert_layers: tuple[ExpertLayer, ...]
     cache: tuple[CacheLayer, ...]
     decode: DenseWork
@@ -120,9 +143,26 @@ class ModelOutline:
         return sum(layer.spec.num_experts for layer in self.expert_layers)
 
     @property
-    def total_dense_bytes(self) -> int:
-        """Bytes of everything but the routed experts."""
-        return sum(self.dense_bytes.values())
+    def dense_element_bytes(self) -> int:
+        """Bytes of one element of ``dense_dtype``."""
+        return 2 if self.dense_dtype.endswith("16") else 4
+
+    def total_dense_bytes(self, dense_format: Format | None = None) -> int:
+        """Bytes of everything but the routed experts, its linear layers packed or as they are."""
+        return sum(self.dense_bytes.values()) - self.saved_bytes(dense_format)
+
+    def packed_dense_bytes(self, dense_format: Format | None) -> int:
+        """Bytes of the linear layers in a format; 0 where they stay as they are."""
+        if dense_format is None:
+            return 0
+        return sum(layers.packed_bytes(dense_format) for layers in self.linears)
+
+    def saved_bytes(self, dense_format: Format | None) -> int:
+        """Bytes by which packing the linear layers makes the model smaller."""
+        if dense_format is None:
+            return 0
+        unpacked = self.dense_element_bytes * sum(layers.weights for layers in self.linears)
+        return unpacked - self.packed_dense_bytes(dense_format)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the cache of one sequence of that many tokens."""

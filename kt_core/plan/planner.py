@@ -46,11 +46,30 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Formats:
+    """What the weights become.
+
+    Attributes:
+        experts: Routed experts.
+        dense: Linear layers of the rest; None where they stay as the checkpoint has them.
+    """
+
+    experts: Format
+    dense: Format | None = None
+
+    @property
+    def options(self) -> str:
+        """The options that ask for them."""
+        dense = "" if self.dense is None else f" --dense-format {self.dense.name}"
+        return f"--format {self.experts.name}{dense}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A model on a machine.
 
     Attributes:
-        weight_format: Of the routed experts.
+        formats: What the weights become.
         fits: Whether everything finds room.
         bytes_by_tier: ``host`` and, with one, ``accelerator``: bytes by part.
         capacity_by_tier: Bytes there are.
@@ -63,7 +82,7 @@ class Plan:
         training: Memory of fine-tuning, besides the weights.
     """
 
-    weight_format: Format
+    formats: Formats
     fits: bool
     bytes_by_tier: Mapping[str, Mapping[str, int]]
     capacity_by_tier: Mapping[str, int]
@@ -122,60 +141,62 @@ class Planner:
     expert_rates: Callable[[Format], ExpertRates]
     hit_rate: Callable[[float], float] = same_fraction
 
-    def plan(self, weight_format: Format, wish: Wish) -> Plan:
-        """Return the plan with one format, whether it fits or not."""
-        hot, tiers, capacity = self._place(weight_format, wish, wish.context, wish.hot_experts)
-        speed = self.speed(weight_format, hot / max(1, self.outline.num_experts))
+    def plan(self, formats: Formats, wish: Wish) -> Plan:
+        """Return the plan with these formats, whether it fits or not."""
+        hot, tiers, capacity = self._place(formats, wish, wish.context)
+        speed = self.speed(formats, hot / max(1, self.outline.num_experts))
         return Plan(
-            weight_format=weight_format,
+            formats=formats,
             fits=_fits(tiers, capacity),
             bytes_by_tier=tiers,
             capacity_by_tier=capacity,
             hot_experts=hot,
             num_experts=self.outline.num_experts,
-            max_context=self._max_context(weight_format, wish),
+            max_context=self._max_context(formats, wish),
             decode=decode_times(self.outline, speed, wish.prompt),
             prefill=prefill_times(self.outline, speed, wish.prompt),
             prompt=wish.prompt,
             training=training_memory(self.outline, wish.lora_rank, wish.sequence_length),
         )
 
-    def best_plan(self, formats: Sequence[Format], wish: Wish) -> Plan:
-        """Return the plan of the first format that fits; of the last where none does.
+    def best_plan(self, choices: Sequence[Formats], wish: Wish) -> Plan:
+        """Return the plan of the first choice that fits; of the last where none does.
 
         Raises:
-            UnsupportedFormatError: There is no format.
+            UnsupportedFormatError: There is no choice.
         """
-        if not formats:
+        if not choices:
             msg = "there is no weight format to plan with"
             raise UnsupportedFormatError(msg)
-        for weight_format in formats:
-            plan = self.plan(weight_format, wish)
+        for formats in choices:
+            plan = self.plan(formats, wish)
             if plan.fits:
                 break
         return plan
 
-    def speed(self, weight_format: Format, hot_fraction: float) -> Speed:
+    def speed(self, formats: Formats, hot_fraction: float) -> Speed:
         """Return what the times of a placement depend on."""
         return Speed(
             machine=self.machine,
-            experts=self.expert_rates(weight_format),
+            experts=self.expert_rates(formats.experts),
+            dense_format=formats.dense,
             packed=tuple(
-                self.expert_bytes(layer.spec, weight_format) for layer in self.outline.expert_layers
+                self.expert_bytes(layer.spec, formats.experts)
+                for layer in self.outline.expert_layers
             ),
             hot_fraction=hot_fraction,
             hit_rate=self.hit_rate,
         )
 
     def _place(
-        self, weight_format: Format, wish: Wish, context: int, hot_experts: int | None
+        self, formats: Formats, wish: Wish, context: int
     ) -> tuple[int, dict[str, dict[str, int]], dict[str, int]]:
         """Return hot experts, bytes by tier and part, and capacity by tier."""
         outline, card = self.outline, self.machine.card
         specs = [layer.spec for layer in outline.expert_layers]
-        experts = packed_bytes(specs, weight_format, self.expert_bytes)
+        experts = packed_bytes(specs, formats.experts, self.expert_bytes)
         computing = {
-            "dense_weights": outline.total_dense_bytes,
+            "dense_weights": outline.total_dense_bytes(formats.dense),
             "kv_cache": outline.cache_bytes(context),
             "scratch": self._scratch_bytes(min(wish.prompt, context)),
         }
@@ -183,10 +204,11 @@ class Planner:
             host = {"expert_weights": experts, **computing, "reserve": RESERVE_BYTES}
             return 0, {"host": host}, {"host": self.machine.memory_bytes}
         computing["reserve"] = card.count * CARD_RESERVE_BYTES
-        largest = max((self.expert_bytes(spec, weight_format) for spec in specs), default=1)
+        largest = max((self.expert_bytes(spec, formats.experts) for spec in specs), default=1)
         free = card.total_memory_bytes - sum(computing.values())
         fitting = min(outline.num_experts, max(0, free // largest))
-        hot = fitting if hot_experts is None else min(hot_experts, outline.num_experts)
+        wanted = wish.hot_experts
+        hot = fitting if wanted is None else min(wanted, outline.num_experts)
         # Hot experts are the same share of every layer.
         hot_bytes = round(experts * hot / max(1, outline.num_experts))
         tiers = {
@@ -208,12 +230,12 @@ class Planner:
         )
         return 4 * (tokens * (_STATES_PER_TOKEN * outline.hidden_size + inner) + outline.vocab_size)
 
-    def _max_context(self, weight_format: Format, wish: Wish) -> int:
+    def _max_context(self, formats: Formats, wish: Wish) -> int:
         """Return the longest context that fits, by bisection: memory grows with it."""
         longest = self.outline.max_context or 1 << 20
 
         def is_possible(context: int) -> bool:
-            _, tiers, capacity = self._place(weight_format, wish, context, wish.hot_experts)
+            _, tiers, capacity = self._place(formats, wish, context)
             return _fits(tiers, capacity)
 
         if is_possible(longest):

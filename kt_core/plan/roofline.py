@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from kt_core.plan.machine import Card, ExpertRates, Machine
 from kt_core.plan.outline import DenseWork, ExpertLayer, ModelOutline
+from kt_core.types import Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class Speed:
         machine: Where it runs.
         experts: How fast the host computes experts.
         packed: Bytes of one packed expert of each layer, in the order of ``expert_layers``.
+        dense_format: What the linear layers are packed as; None where they stay as they are.
         hot_fraction: Part of all experts that is on the accelerator.
         hit_rate: Part of a token's experts that finds itself there, by ``hot_fraction``; a curve
             from recorded routing goes here.
@@ -60,6 +62,7 @@ class Speed:
     machine: Machine
     experts: ExpertRates
     packed: tuple[int, ...]
+    dense_format: Format | None = None
     hot_fraction: float = 0.0
     hit_rate: Callable[[float], float] = same_fraction
     card: CardEfficiency = field(default_factory=CardEfficiency)
@@ -138,13 +141,15 @@ def _dense(
         pair_flops = min(pair_flops, outline.prefill.pair_flops)
     flops = work.token_flops * tokens + pair_flops * pairs
     moved = work.token_bytes * tokens + work.pair_bytes * pairs
-    weights = outline.decode_read_bytes
+    packed = outline.packed_dense_bytes(speed.dense_format)
+    weights = outline.decode_read_bytes - outline.saved_bytes(speed.dense_format) - packed
     if card:
         read = outline.cache_bytes(pairs if tokens == 1 else tokens)  # kernels hold the rest
-        return _card_s(card, speed.card, weights + read, flops), (
+        return _card_s(card, speed.card, weights + packed + read, flops), (
             speed.card.layer_s * outline.num_layers
         )
-    dense_s = max(weights / host.dense_read_bytes_per_s, flops / host.dense_ops_per_s)
+    read_s = weights / host.dense_read_bytes_per_s + packed / speed.experts.read_bytes_per_s
+    dense_s = max(read_s, flops / host.dense_ops_per_s)
     dense_s += moved / host.dense_read_bytes_per_s
     return dense_s, work.matmuls * host.matmul_s + work.other_calls * host.call_s
 

@@ -51,8 +51,11 @@ def training_memory(outline: ModelOutline, lora_rank: int, sequence_length: int)
         features = projections * (spec.hidden_size + spec.intermediate_size)
         expert_features += spec.num_experts * features
         widest = max(widest, layer.top_k * (3 * spec.intermediate_size + 2 * spec.hidden_size))
-    parameters = lora_rank * (expert_features + outline.linear_features)
-    between = outline.num_layers * outline.hidden_size * (2 if "16" in outline.dense_dtype else 4)
+    linear_features = sum(
+        layers.count * (layers.in_features + layers.out_features) for layers in outline.linears
+    )
+    parameters = lora_rank * (expert_features + linear_features)
+    between = outline.num_layers * outline.hidden_size * outline.dense_element_bytes
     again = _FLOAT32 * (8 * outline.hidden_size + widest)
     return TrainingMemory(
         lora_rank=lora_rank,
