@@ -7,7 +7,7 @@ there is no formula here for any kind of attention, and no name of one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from kt_core.plan import CacheLayer, DenseWork
 
 # Long enough for what is done once per call not to count, short enough for a loop over chunks.
 _SHORTEST_PROBE = 512
+# at::internal::GRAIN_SIZE: torch shares out what has more elements.
+_PARALLEL_ELEMENTS = 32768
 _MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm"})
 
 
@@ -30,7 +32,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.matmuls = self.others = 0
+        self.threaded = self.others = 0
         self.moved_bytes = 0
         self._weights = {_storage(p): p.numel() * p.element_size() for p in model.parameters()}
         self._read: set[int] = set()
@@ -44,13 +46,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if name in _MATMULS:
-            self.matmuls += 1
-        else:
-            self.others += 1
         result = func(*args, **(kwargs or {}))
         # A view moves nothing; its result says that it is an alias of an argument.
-        if all(returned.alias_info is None for returned in func._schema.returns):
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        is_large = any(leaf.numel() >= _PARALLEL_ELEMENTS for leaf in _leaves(result))
+        if name in _MATMULS or (is_large and not is_view):
+            self.threaded += 1
+        else:
+            self.others += 1
+        if not is_view:
             for leaf in _leaves((args, result)):
                 if _storage(leaf) not in self._weights:
                     self.moved_bytes += leaf.numel() * leaf.element_size()
@@ -66,6 +70,7 @@ class _Attention(TorchFunctionMode):
         super().__init__()
         self._counter = counter
         self.flops = 0.0
+        self.read_bytes = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -86,11 +91,13 @@ class _Attention(TorchFunctionMode):
         pairs = query[..., 0].numel() * key.shape[-2]
         is_half = options.get("is_causal", False) and query.shape[-2] == key.shape[-2]
         self.flops += 2 * pairs * (query.shape[-1] + value.shape[-1]) / (2 if is_half else 1)
-        before = self._counter.moved_bytes, self._counter.others
+        # Heads that share keys do not share the reading of them: so torch's kernel on the CPU.
+        shared = query.shape[1] // key.shape[1]
+        self.read_bytes += shared * (key.nbytes + value.nbytes)
+        counted = self._counter.moved_bytes, self._counter.others, self._counter.threaded
         output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        self._counter.moved_bytes, self._counter.others = before
-        self._counter.matmuls += 1
-        self._counter.moved_bytes += sum(t.nbytes for t in (query, key, value, output))
+        self._counter.moved_bytes, self._counter.others, self._counter.threaded = counted
+        self._counter.threaded += 1
         return output
 
 
@@ -106,40 +113,53 @@ def _leaves(values: Any) -> Iterator[torch.Tensor]:
 class _Pass(NamedTuple):
     """What one forward pass came to."""
 
-    weights: _Counter
+    counter: _Counter
     flops: float
+    attention_flops: float
+    attention_bytes: float
+
+    @property
+    def moved_bytes(self) -> float:
+        return float(self.counter.moved_bytes)
 
 
 def _decode_work(short: _Pass, long: _Pass, length: int) -> DenseWork:
     """From a token after 1 and a token after ``length`` others: a line through both."""
-    pair_flops = max(0.0, (long.flops - short.flops) / (length - 1))
-    pair_bytes = max(0.0, (long.weights.moved_bytes - short.weights.moved_bytes) / (length - 1))
+
+    def per_pair(of: Callable[[_Pass], float]) -> float:
+        return max(0.0, (of(long) - of(short)) / (length - 1))
+
+    pair_flops, pair_bytes = per_pair(lambda p: p.flops), per_pair(lambda p: p.moved_bytes)
     return DenseWork(
         token_flops=max(0.0, short.flops - pair_flops),
         pair_flops=pair_flops,
-        token_bytes=max(0.0, short.weights.moved_bytes - pair_bytes),
+        attention_flops=per_pair(lambda p: p.attention_flops),
+        attention_bytes=per_pair(lambda p: p.attention_bytes),
+        token_bytes=max(0.0, short.moved_bytes - pair_bytes),
         pair_bytes=pair_bytes,
-        matmuls=short.weights.matmuls,
-        other_calls=short.weights.others,
+        threaded_calls=long.counter.threaded,
+        other_calls=long.counter.others,
     )
 
 
 def _prefill_work(first: _Pass, second: _Pass, length: int) -> DenseWork:
     """From ``length`` tokens and twice as many: ``a n + b n^2`` through both."""
 
-    def fit(at_length: float, at_double: float) -> tuple[float, float]:
-        pair = max(0.0, (at_double - 2 * at_length) / (2 * length**2))
-        return max(0.0, at_length / length - pair * length), pair
+    def fit(of: Callable[[_Pass], float]) -> tuple[float, float]:
+        pair = max(0.0, (of(second) - 2 * of(first)) / (2 * length**2))
+        return max(0.0, of(first) / length - pair * length), pair
 
-    token_flops, pair_flops = fit(first.flops, second.flops)
-    token_bytes, pair_bytes = fit(first.weights.moved_bytes, second.weights.moved_bytes)
+    token_flops, pair_flops = fit(lambda p: p.flops)
+    token_bytes, pair_bytes = fit(lambda p: p.moved_bytes)
     return DenseWork(
         token_flops=token_flops,
         pair_flops=pair_flops,
+        attention_flops=fit(lambda p: p.attention_flops)[1],
+        attention_bytes=0.0,  # read once for many tokens: the operations take longer
         token_bytes=token_bytes,
         pair_bytes=pair_bytes,
-        matmuls=second.weights.matmuls,
-        other_calls=second.weights.others,
+        threaded_calls=second.counter.threaded,
+        other_calls=second.counter.others,
     )
 
 
@@ -167,7 +187,7 @@ class Passes:
         sizes = zip(one, two, at_length, at_double, strict=True)
         return {
             "cache": tuple(_cache_line(length, *layer) for layer in sizes),
-            "decode_read_bytes": short.weights.read_bytes,
+            "decode_read_bytes": short.counter.read_bytes,
             "decode": _decode_work(short, long, length),
             "prefill": _prefill_work(first, second, length),
         }
@@ -183,7 +203,10 @@ class Passes:
                 use_cache=True,
                 **self._last_logits_only,
             )
-        return _Pass(counter, flops.get_total_flops() + attention.flops), output.past_key_values
+        measured = _Pass(
+            counter, float(flops.get_total_flops()), attention.flops, float(attention.read_bytes)
+        )
+        return measured, output.past_key_values
 
 
 def _layers_of(cache: Any) -> list[Any]:

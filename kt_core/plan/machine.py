@@ -12,7 +12,9 @@ INT8_OPS_PER_CORE = 1080e9
 BF16_OPS_PER_CORE = 500e9
 DENSE_READ_FRACTION = 0.45
 DENSE_OPS_FRACTION = 0.85
-MATMUL_S = 60e-6
+ATTENTION_READ_FRACTION = 0.12
+ATTENTION_OPS_FRACTION = 0.1
+THREADED_CALL_S = 60e-6
 CALL_S = 1.6e-6
 # docs/performance.md, "Results": 84-90 % of the read limit with one token, 47-69 % of the
 # int8 peak and 72-80 % of the bf16 peak with many.
@@ -36,8 +38,12 @@ class HostRates:
         bf16_ops_per_s: Products of bf16.
         dense_read_bytes_per_s: Weights that torch reads for a single token.
         dense_ops_per_s: Operations of torch's matrix product with many tokens.
-        matmul_s: Seconds that a call of torch's matrix product takes for next to no work.
-        call_s: The same of any other operator, with what Python does around it.
+        attention_read_bytes_per_s: Keys and values that torch's attention reads for one token.
+        attention_ops_per_s: Operations of torch's attention with many tokens.
+        threaded_call_s: Seconds of a call that wakes torch's threads, for next to no work.
+        call_s: The same of any other call, with what Python does around it.
+        expert_call_s: Seconds of a layer of routed experts besides its work: torch's threads and
+            those of the experts take turns.
     """
 
     read_bytes_per_s: float
@@ -45,8 +51,11 @@ class HostRates:
     bf16_ops_per_s: float
     dense_read_bytes_per_s: float
     dense_ops_per_s: float
-    matmul_s: float
+    attention_read_bytes_per_s: float
+    attention_ops_per_s: float
+    threaded_call_s: float
     call_s: float
+    expert_call_s: float
 
     def __post_init__(self) -> None:
         for field in self.__dataclass_fields__:
@@ -62,12 +71,10 @@ class ExpertRates:
     Attributes:
         read_bytes_per_s: Packed weights of active experts, with a single token.
         ops_per_s: Operations, with many tokens; a multiply-add is two.
-        call_s: Seconds of a layer besides; 0 where it is in the rates.
     """
 
     read_bytes_per_s: float
     ops_per_s: float
-    call_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +142,11 @@ def described_rates(
         bf16_ops_per_s=bf16,
         dense_read_bytes_per_s=DENSE_READ_FRACTION * read_bytes_per_s,
         dense_ops_per_s=DENSE_OPS_FRACTION * bf16,
-        matmul_s=MATMUL_S,
+        attention_read_bytes_per_s=ATTENTION_READ_FRACTION * read_bytes_per_s,
+        attention_ops_per_s=ATTENTION_OPS_FRACTION * bf16,
+        threaded_call_s=THREADED_CALL_S,
         call_s=CALL_S,
+        expert_call_s=EXPERT_CALL_S,
     )
 
 
@@ -147,5 +157,4 @@ def described_expert_rates(host: HostRates, weight_format: Format) -> ExpertRate
     return ExpertRates(
         read_bytes_per_s=EXPERT_READ_FRACTION * host.read_bytes_per_s,
         ops_per_s=(EXPERT_INT8_FRACTION if is_integer else EXPERT_BF16_FRACTION) * peak,
-        call_s=EXPERT_CALL_S,
     )

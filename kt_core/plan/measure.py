@@ -7,26 +7,30 @@ is that of a block of small operators such as transformer layers are made of.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kt_core import __version__, hardware
 from kt_core.errors import NotEnoughMemoryError
-from kt_core.interfaces import ExpertDevice, Progress, WeightFormat, no_progress
+from kt_core.interfaces import ExpertDevice, ExpertWeights, Progress, WeightFormat, no_progress
 from kt_core.plan.machine import ExpertRates, HostRates
 from kt_core.plan.outline import ExpertLayer
+from kt_core.types import Element, Format, MoeSpec
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from kt_core.bench.routing import Call
+    from kt_core.plan.probe import Experts
 
 Rates = TypeVar("Rates", HostRates, ExpertRates)
 
@@ -35,6 +39,9 @@ _DENSE_BYTES = 512 << 20
 _MATRIX_COLUMNS = 2048
 _BATCH = 256
 _RUNS = 15
+_PROBE_DEPTH = 24
+# Clocks and schedulers jitter; a cost below this is none.
+_SHORTEST_S = 1e-7
 # Packed experts to go round in: more than caches hold, on the machines we know.
 _EXPERT_BYTES = 384 << 20
 _EXPERT_SECONDS = 0.4
@@ -138,9 +145,10 @@ def measure_host(device: ExpertDevice, dtype: str) -> HostRates:
         )
         raise NotEnoughMemoryError(msg)
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    with torch.inference_mode():
+    with torch.no_grad():
         read, dense_ops = _dense_rates(torch_dtype)
-        matmul_s, call_s = _call_costs(torch_dtype)
+        threaded_call_s, call_s, expert_call_s = _call_costs(device, torch_dtype)
+        attention_read, attention_ops = _attention_rates(torch_dtype, threaded_call_s)
     # The first one meets memory that has rested, which virtual machines serve faster for a while.
     limits = [device.measure_limits() for _ in range(3)][-1]
     return HostRates(
@@ -150,8 +158,11 @@ def measure_host(device: ExpertDevice, dtype: str) -> HostRates:
         bf16_ops_per_s=limits.bf16_ops_per_s if limits else dense_ops,
         dense_read_bytes_per_s=read,
         dense_ops_per_s=dense_ops,
-        matmul_s=matmul_s,
+        attention_read_bytes_per_s=attention_read,
+        attention_ops_per_s=attention_ops,
+        threaded_call_s=threaded_call_s,
         call_s=call_s,
+        expert_call_s=expert_call_s,
     )
 
 
@@ -200,93 +211,118 @@ def _dense_rates(dtype: torch.dtype) -> tuple[float, float]:
     ]
     one = torch.ones((1, _MATRIX_COLUMNS), dtype=dtype)
     many = torch.ones((_BATCH, _MATRIX_COLUMNS), dtype=dtype)
-    turn = iter(matrices * (2 * _RUNS))
+    turn = itertools.cycle(matrices)
     read_s = _median_s(lambda: functional.linear(one, next(turn)), 2 * count)
     matmul_s = _median_s(lambda: functional.linear(many, matrices[0]), _RUNS)
     size = rows * _MATRIX_COLUMNS
     return size * dtype.itemsize / read_s, 2 * _BATCH * size / matmul_s
 
 
-def _call_costs(dtype: torch.dtype) -> tuple[float, float]:
-    """Return seconds of a matrix product and of another operator, both on next to nothing.
+def _attention_rates(dtype: torch.dtype, call_s: float) -> tuple[float, float]:
+    """Return bytes of keys and values per second for one token, and operations for many."""
+    import torch
+    from torch.nn import functional
 
-    From two stacks of the same small layers, one of which multiplies more often.
+    heads, seen, size = 16, 1024, 64
+    keys = [torch.ones((1, heads, seen, size), dtype=dtype) for _ in range(8)]
+    one = torch.ones((1, heads, 1, size), dtype=dtype)
+    turn = itertools.cycle(keys)
+    attend = functional.scaled_dot_product_attention
+
+    read_s = _median_s(lambda: attend(one, next(turn), next(turn)), 4 * _RUNS)
+    many_s = _median_s(lambda: attend(keys[0], keys[1], keys[2], is_causal=True), _RUNS)
+    operations = 4 * heads * seen**2 * size / 2
+    spent_s = max(read_s - call_s, _SHORTEST_S)
+    return 2 * keys[0].nbytes / spent_s, operations / max(many_s - call_s, _SHORTEST_S)
+
+
+def _call_costs(device: ExpertDevice, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Return seconds of a call that wakes torch's threads, of another, and of a layer of experts.
+
+    From stacks of the same small layers, of which one has more matrix products and one has experts.
+    What Python does around the calls is in the second. The third is what experts cost because
+    torch and the device take turns: their own work on next to nothing is not in it.
     """
-    depth, more = 24, 4
-    few, many = (_stack(depth, extra, dtype) for extra in (0, more))
     import torch
 
-    hidden = torch.ones((1, 1, 64), dtype=dtype)
-    few_s = _median_s(lambda: few(hidden), _RUNS)
-    many_s = _median_s(lambda: many(hidden), _RUNS)
-    # A linear layer dispatches a product, and views of its weight and input around it.
-    linear_s = max((many_s - few_s) / (depth * more), 1e-7)
-    other_calls = _count_calls(few, hidden)
-    call_s = max((few_s - depth * linear_s) / (other_calls - depth * _calls_of_linear(dtype)), 1e-7)
-    return max(linear_s - (_calls_of_linear(dtype) - 1) * call_s, 1e-7), call_s
+    from kt_core.plan.probe import EXTRA_PRODUCTS, HIDDEN, Stream, large_layers, stack
 
-
-def _calls_of_linear(dtype: torch.dtype) -> int:
-    import torch
-
-    return _count_calls(
-        torch.nn.Linear(64, 64, bias=False, dtype=dtype), torch.ones((1, 1, 64), dtype=dtype)
+    large = large_layers(_PROBE_DEPTH, dtype)
+    hidden = torch.ones((1, 1, HIDDEN), dtype=dtype)
+    experts, alone_call_s = _small_experts(device, dtype)
+    few, many, alone = (
+        stack(large, dtype), stack(large, dtype, extra_products=EXTRA_PRODUCTS), Stream(large),
+    )  # fmt: skip
+    modules = (few, many, alone, stack(large, dtype, experts=experts))
+    few_s, many_s, alone_s, experts_s = _medians_s([partial(m, hidden) for m in modules], 2 * _RUNS)
+    calls, more_calls, alone_calls = (_count_calls(m, hidden) for m in (few, many, alone))
+    # many_s - few_s = (more products) p + (more others) c, and so for few_s - alone_s.
+    rows = torch.tensor(
+        [
+            [more_calls[0] - calls[0], more_calls[1] - calls[1]],
+            [calls[0] - alone_calls[0], calls[1] - alone_calls[1]],
+        ],
+        dtype=torch.float64,
     )
+    product_s, call_s = torch.linalg.solve(
+        rows, torch.tensor([many_s - few_s, few_s - alone_s], dtype=torch.float64)
+    ).tolist()
+    turn_s = (experts_s - few_s) / _PROBE_DEPTH - alone_call_s
+    return max(product_s, _SHORTEST_S), max(call_s, _SHORTEST_S), max(turn_s, _SHORTEST_S)
 
 
-def _count_calls(module: nn.Module, hidden: torch.Tensor) -> int:
+def _small_experts(device: ExpertDevice, dtype: torch.dtype) -> tuple[Experts, float]:
+    """Return a layer of experts that weigh next to nothing, and the seconds of a call."""
+    import torch
+
+    from kt_core.moe.hybrid_experts import HybridExperts
+    from kt_core.plan.probe import HIDDEN, NUM_EXPERTS
+
+    spec = MoeSpec(num_experts=NUM_EXPERTS, hidden_size=HIDDEN, intermediate_size=HIDDEN)
+    kernel = device.expert_kernel(spec, Format(name="bf16", element=Element.BF16))
+    ones = torch.ones(HIDDEN, HIDDEN)
+    for expert in range(NUM_EXPERTS):
+        kernel.load(expert, ExpertWeights(gate=ones, up=ones, down=ones))
+    layer = HybridExperts(spec, [kernel]).eval()
+    token = torch.ones((1, HIDDEN), dtype=dtype, device=device.info.torch_device)
+    ids = torch.tensor([[0, 1, 2, 3]], device=device.info.torch_device)
+    weights = torch.full(ids.shape, 0.25, device=device.info.torch_device)
+    return layer, _median_s(lambda: layer(token, ids, weights), 10 * _RUNS)
+
+
+def _count_calls(module: nn.Module, hidden: torch.Tensor) -> tuple[int, int]:
+    """Return the matrix products and the other operators that a module dispatches."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        calls = 0
+        products = 0
+        others = 0
 
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            self.calls += 1
+            is_product = func.overloadpacket.__name__ in ("mm", "addmm", "bmm")
+            self.products += is_product
+            self.others += not is_product
             return func(*args, **(kwargs or {}))
 
     counter = Counter()  # type: ignore[no-untyped-call]
     with counter:
         module(hidden)
-    return int(counter.calls)
-
-
-def _stack(depth: int, extra_products: int, dtype: torch.dtype) -> nn.Module:
-    """Return small layers made of what transformer layers are made of."""
-    import torch
-    from torch import nn
-
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(64, dtype=dtype))
-            self.project = nn.Linear(64, 64, bias=False, dtype=dtype)
-            self.more = nn.ModuleList(
-                nn.Linear(64, 64, bias=False, dtype=dtype) for _ in range(extra_products)
-            )
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            wide = hidden.float()
-            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-            heads = self.project(self.weight * wide.to(hidden.dtype)).view(1, 1, 4, 16)
-            turned = torch.cat((-heads[..., 8:], heads[..., :8]), dim=-1)
-            heads = (heads * turned + turned * heads).transpose(1, 2)
-            out = heads.transpose(1, 2).reshape(1, 1, 64)
-            for module in self.more:
-                out = module(out)
-            result: torch.Tensor = hidden + out
-            return result
-
-    return nn.Sequential(*(Layer() for _ in range(depth))).eval()
+    return int(counter.products), int(counter.others)
 
 
 def _median_s(call: Callable[[], object], runs: int) -> float:
-    for _ in range(2):
-        call()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    return _medians_s([call], runs)[0]
+
+
+def _medians_s(calls: Sequence[Callable[[], object]], runs: int) -> list[float]:
+    """Time calls by turns, so that what disturbs one of them disturbs all."""
+    times: list[list[float]] = [[] for _ in calls]
+    for run in range(runs + 2):
+        for call, samples in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if run >= 2:  # the first ones warm up
+                samples.append(time.perf_counter() - start)
+    return [median(samples) for samples in times]

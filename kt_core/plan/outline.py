@@ -87,17 +87,22 @@ class DenseWork:
     Attributes:
         token_flops: Operations per new token, whatever came before it.
         pair_flops: Operations per pair of a new token and one that it can see.
+        attention_flops: As ``pair_flops``, in torch's fused attention.
+        attention_bytes: Bytes of keys and values that fused attention reads, per pair.
         token_bytes: Bytes of intermediate tensors that are read or written, per new token.
-        pair_bytes: As ``token_bytes``, per pair: what growing, expanding and reading a cache costs.
-        matmuls: Calls of matrix products, attention among them.
+        pair_bytes: As ``token_bytes``, per pair: what growing and expanding a cache costs.
+        threaded_calls: Calls that torch shares out to its threads: matrix products, attention, and
+            whatever has large results.
         other_calls: Calls of other operators.
     """
 
     token_flops: float
     pair_flops: float
+    attention_flops: float
+    attention_bytes: float
     token_bytes: float
     pair_bytes: float
-    matmuls: int
+    threaded_calls: int
     other_calls: int
 
 

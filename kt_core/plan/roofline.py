@@ -124,7 +124,7 @@ def _pass(
         if hit < 1:
             rates = speed.experts
             cold_s = max(active / rates.read_bytes_per_s, operations / rates.ops_per_s) * (1 - hit)
-            host_s += speed.expert_time_factor * cold_s + rates.call_s
+            host_s += speed.expert_time_factor * cold_s + speed.machine.host.expert_call_s
         if card:
             card_s += hit * _card_s(card, speed.card, active, operations)
     dense_s, calls_s = _dense(outline, speed, work, tokens=tokens, pairs=pairs)
@@ -136,9 +136,9 @@ def _dense(
 ) -> tuple[float, float]:
     """Return the seconds of the dense part, and of starting its operators."""
     card, host = speed.machine.card, speed.machine.host
-    pair_flops = work.pair_flops
+    pair_flops = work.pair_flops + (work.attention_flops if card else 0.0)
     if card and not speed.card.recomputes_cache:
-        pair_flops = min(pair_flops, outline.prefill.pair_flops)
+        pair_flops = min(pair_flops, outline.prefill.pair_flops + outline.prefill.attention_flops)
     flops = work.token_flops * tokens + pair_flops * pairs
     moved = work.token_bytes * tokens + work.pair_bytes * pairs
     packed = outline.packed_dense_bytes(speed.dense_format)
@@ -151,7 +151,11 @@ def _dense(
     read_s = weights / host.dense_read_bytes_per_s + packed / speed.experts.read_bytes_per_s
     dense_s = max(read_s, flops / host.dense_ops_per_s)
     dense_s += moved / host.dense_read_bytes_per_s
-    return dense_s, work.matmuls * host.matmul_s + work.other_calls * host.call_s
+    dense_s += pairs * max(
+        work.attention_bytes / host.attention_read_bytes_per_s,
+        work.attention_flops / host.attention_ops_per_s,
+    )
+    return dense_s, work.threaded_calls * host.threaded_call_s + work.other_calls * host.call_s
 
 
 def _streamed(
