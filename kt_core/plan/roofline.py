@@ -55,6 +55,8 @@ class Speed:
         hit_rate: Part of a token's experts that finds itself there, by ``hot_fraction``; a curve
             from recorded routing goes here.
         card: Efficiency of the accelerator.
+        stream_from: Tokens of a prompt from which cold experts go through the link; None
+            for whatever is faster.
         expert_time_factor: By what the host's time for experts is multiplied: 1, but for comparing
             with other programs.
     """
@@ -66,6 +68,7 @@ class Speed:
     hot_fraction: float = 0.0
     hit_rate: Callable[[float], float] = same_fraction
     card: CardEfficiency = field(default_factory=CardEfficiency)
+    stream_from: int | None = None
     expert_time_factor: float = 1.0
 
 
@@ -109,6 +112,8 @@ def prefill_times(outline: ModelOutline, speed: Speed, tokens: int) -> Times:
     if card is None:
         return computed
     streamed = _streamed(outline, speed, card, computed, tokens)
+    if speed.stream_from is not None:
+        return streamed if tokens >= speed.stream_from else computed
     return min(computed, streamed, key=lambda times: times.total_s)
 
 
