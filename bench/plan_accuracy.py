@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(0)
     with kt_core.load(options.model, format=options.format, device="cpu") as engine:
-        vocabulary = engine.model.get_input_embeddings().weight.shape[0]
+        vocabulary = engine.model.config.get_text_config(decoder=True).vocab_size
         prompt = torch.randint(vocabulary, (options.prompt,), generator=generator).tolist()
         chosen = GenerationOptions(max_new_tokens=options.tokens, temperature=0.0)
         for _ in range(2):  # the first one warms up

@@ -1,6 +1,6 @@
 """How far are predictions from what others published about KTransformers? Prints Markdown.
 
-The roofline is ours, the program that was measured is not: five numbers that say what part of the
+The roofline is ours, the program that was measured is not: six numbers that say what part of the
 hardware it reaches are fitted, for every set-up on the *other* set-ups alone, so that no row is
 predicted with constants that have seen it. docs/planning.md has the result and what it is worth.
 
@@ -126,6 +126,7 @@ SETUPS = (
     _deepseek(2, 8, 12.208, 82.94),
     _deepseek(2, 6, 13.69, 97.32),
 )  # fmt: skip
+KINDS = ("decode", "prompt on the host", "streamed prompt")
 # Qwen3-Next-80B-A3B FP8 on 4 x 4090 and Xeon 6454S, strategy "random", tokens/s of ShareGPT by the
 # share of experts on the accelerator.
 BY_HOT_SHARE = (
@@ -143,6 +144,7 @@ class Constants:
         prompt_experts: The same with many.
         layer_s: Seconds per layer for starting and meeting.
         link: Part of the link's bandwidth.
+        host_read: Part of host memory's bandwidth, while streaming.
         operations: Part of the accelerator's peak.
     """
 
@@ -150,6 +152,7 @@ class Constants:
     prompt_experts: float
     layer_s: float
     link: float
+    host_read: float
     operations: float
 
 
@@ -193,6 +196,7 @@ class Predictor:
             hot_fraction=setup.hot_fraction,
             card=CardEfficiency(
                 link=constants.link,
+                host_read=constants.host_read,
                 operations=constants.operations,
                 layer_s=constants.layer_s,
                 recomputes_cache=False,
@@ -206,14 +210,16 @@ class Predictor:
 
 
 def rows_of(setups: Sequence[Setup], kind: str) -> Iterator[tuple[Setup, int, float]]:
-    """Yield set-up, tokens and published tokens per second."""
+    """Yield set-up, tokens and published tokens per second of one of ``KINDS``."""
     for setup in setups:
-        for tokens, speed in getattr(setup, kind):
-            yield setup, tokens, speed
+        for tokens, speed in setup.decode if kind == "decode" else setup.prefill:
+            is_streamed = tokens >= setup.stream_from
+            if kind == "decode" or is_streamed == (kind == "streamed prompt"):
+                yield setup, tokens, speed
 
 
 def fit(predictor: Predictor, setups: Sequence[Setup]) -> Constants:
-    """Return the constants of the least mean absolute log error; decoding first, then prefill."""
+    """Return the constants of the least mean absolute log error, kind by kind."""
 
     def error(constants: Constants, kind: str) -> float:
         return fmean(
@@ -221,22 +227,23 @@ def fit(predictor: Predictor, setups: Sequence[Setup]) -> Constants:
             for setup, tokens, speed in rows_of(setups, kind)
         )
 
-    best = Constants(1.0, 1.0, 0.0, 0.5, 0.5)
+    best = Constants(1.0, 1.0, 0.0, 0.5, 0.5, 0.5)
     factors = [1.2**k for k in range(14)]
-    steps: dict[str, list[dict[str, float]]] = {
+    grids: dict[str, list[dict[str, float]]] = {
         "decode": [
             {"experts": experts, "layer_s": micros * 1e-6}
             for experts in factors
             for micros in (10, 20, 40, 60, 80, 120, 160, 200, 250, 300)
         ],
-        "prefill": [
-            {"prompt_experts": experts, "link": 0.1 * link, "operations": 0.05 * part}
-            for experts in factors
+        "prompt on the host": [{"prompt_experts": experts} for experts in factors],
+        "streamed prompt": [
+            {"link": 0.1 * link, "host_read": 0.02 * 1.4**read, "operations": 0.05 * part}
             for link in range(2, 11)
+            for read in range(12)
             for part in range(1, 15, 2)
         ],
     }
-    for kind, grid in steps.items():
+    for kind, grid in grids.items():
         candidates = [replace(best, **values) for values in grid]
         best = min(candidates, key=lambda constants: error(constants, kind))
     return best
@@ -251,9 +258,9 @@ def main() -> int:
         for group in groups
     }
     own = CardEfficiency()
-    ours = Constants(1.0, 1.0, own.layer_s, own.link, own.operations)
+    ours = Constants(1.0, 1.0, own.layer_s, own.link, own.host_read, own.operations)
     write = sys.stdout.write
-    for kind in ("decode", "prefill"):
+    for kind in KINDS:
         write(f"\n| {kind} | tokens | published | predicted | error | kt's own constants |\n")
         write("|---|---|---|---|---|---|\n")
         errors = []

@@ -204,11 +204,8 @@ def _dense_rates(dtype: torch.dtype) -> tuple[float, float]:
 
     rows = 4 * _MATRIX_COLUMNS
     count = max(2, _DENSE_BYTES // (rows * _MATRIX_COLUMNS * dtype.itemsize))
-    generator = torch.Generator().manual_seed(0)
-    matrices = [
-        torch.randn((rows, _MATRIX_COLUMNS), generator=generator, dtype=torch.float32).to(dtype)
-        for _ in range(count)
-    ]
+    shape = (rows, _MATRIX_COLUMNS)
+    matrices = [torch.full(shape, 0.5, dtype=dtype) for _ in range(count)]
     one = torch.ones((1, _MATRIX_COLUMNS), dtype=dtype)
     many = torch.ones((_BATCH, _MATRIX_COLUMNS), dtype=dtype)
     turn = itertools.cycle(matrices)

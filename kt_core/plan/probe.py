@@ -112,8 +112,15 @@ class Stream(nn.Module):
 
 
 def large_layers(depth: int, dtype: torch.dtype) -> list[nn.Linear]:
-    """Return that many large layers."""
-    return [nn.Linear(LARGE, LARGE, bias=False, dtype=dtype) for _ in range(depth)]
+    """Return that many large layers; time does not depend on what is in them."""
+    layers = []
+    for _ in range(depth):
+        layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, LARGE, LARGE, bias=False, dtype=dtype
+        )
+        nn.init.constant_(layer.weight, 1 / LARGE)  # writes: untouched pages are not memory yet
+        layers.append(layer)
+    return layers
 
 
 def stack(

@@ -25,6 +25,7 @@ class CardEfficiency:
         read: Of its memory's bandwidth.
         operations: Of its bf16 peak, with many tokens.
         link: Of the link's bandwidth.
+        host_read: Of host memory's bandwidth, for what goes through the link.
         layer_s: Seconds per layer for starting kernels and for meeting the host again.
         recomputes_cache: Whether operations that transformers spends on every cached token (the
             up-projection of latents) are spent; not where attention works on the latents.
@@ -33,6 +34,7 @@ class CardEfficiency:
     read: float = 0.8
     operations: float = 0.5
     link: float = 0.8
+    host_read: float = 0.85
     layer_s: float = 60e-6
     recomputes_cache: bool = True
 
@@ -171,7 +173,10 @@ def _streamed(
         layer.spec.num_experts * size * (1 - speed.hot_fraction)
         for layer, size in zip(outline.expert_layers, speed.packed, strict=True)
     )
-    link_s = cold / (card.count * card.link_bytes_per_s * speed.card.link)
+    link_s = max(
+        cold / (card.count * card.link_bytes_per_s * speed.card.link),
+        cold / (speed.machine.host.read_bytes_per_s * speed.card.host_read),
+    )
     compute_s = sum(
         _card_s(card, speed.card, layer.expected_active(tokens) * size, _operations(layer, tokens))
         for layer, size in zip(outline.expert_layers, speed.packed, strict=True)

@@ -171,6 +171,7 @@ def test_this_machine(device: ExpertDevice, monkeypatch: pytest.MonkeyPatch) -> 
     """All rates come out above 0, which HostRates checks; how large they are is not tested."""
     monkeypatch.setattr(measure, "_DENSE_BYTES", 1 << 20)
     monkeypatch.setattr(measure, "_RUNS", 2)
+    monkeypatch.setattr(measure, "_PROBE_DEPTH", 2)
     assert isinstance(measure.measure_host(device, "float32"), HostRates)
 
 
