@@ -114,7 +114,7 @@ def _description(
     no_card = vram is not None and vram.strip() == "0"
     if pcie and no_card:
         msg = (
-            "--pcie is the link to an accelerator, and --vram 0 plans without one: use one of them"
+            "--pcie is the link to an accelerator, and --vram 0 is a machine without one"
         )
         raise InvalidRequestError(msg)
     return Description(

@@ -10,18 +10,18 @@ from kt_core.types import Format
 # AVX-512, VNNI and BF16, torch 2.13: docs/planning.md, "Efficiencies".
 INT8_OPS_PER_CORE = 1080e9
 BF16_OPS_PER_CORE = 500e9
-DENSE_READ_FRACTION = 0.45
-DENSE_OPS_FRACTION = 0.85
-ATTENTION_READ_FRACTION = 0.12
-ATTENTION_OPS_FRACTION = 0.1
-THREADED_CALL_S = 60e-6
-CALL_S = 1.6e-6
+DENSE_READ_FRACTION = 0.5
+DENSE_OPS_FRACTION = 0.9
+ATTENTION_READ_FRACTION = 0.11
+ATTENTION_OPS_FRACTION = 0.12
+THREADED_CALL_S = 50e-6
+CALL_S = 2.3e-6
 # docs/performance.md, "Results": 84-90 % of the read limit with one token, 47-69 % of the
 # int8 peak and 72-80 % of the bf16 peak with many.
 EXPERT_READ_FRACTION = 0.85
 EXPERT_INT8_FRACTION = 0.55
 EXPERT_BF16_FRACTION = 0.75
-EXPERT_CALL_S = 12e-6
+EXPERT_CALL_S = 60e-6
 # A card of which only the memory is given: NVIDIA's data sheet of the GeForce RTX 4090.
 CARD_READ_BYTES_PER_S = 1008e9
 CARD_OPS_PER_S = 165.2e12

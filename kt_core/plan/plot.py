@@ -86,11 +86,11 @@ def draw(file: Path, title: str, hot: Sequence[Curve], context: Sequence[Curve])
         axes = figure.add_subplot(1, len(panels), number)
         for curve in hot if panel == "hot" else context:
             axes.plot(curve.x, curve.tokens_per_s, label=curve.label)
-        axes.set_ylim(bottom=0)
         axes.set_ylabel("decode, tokens/s" if panel == "hot" else "tokens/s")
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
         if panel == "hot":
+            axes.set_ylim(bottom=0)
             axes.set_xlabel("share of experts on the accelerator")
         else:
             axes.set_xscale("log", base=2)
