@@ -113,9 +113,7 @@ def _description(
 
     no_card = vram is not None and vram.strip() == "0"
     if pcie and no_card:
-        msg = (
-            "--pcie is the link to an accelerator, and --vram 0 is a machine without one"
-        )
+        msg = "--pcie is the link to an accelerator, and --vram 0 is a machine without one"
         raise InvalidRequestError(msg)
     return Description(
         memory_bytes=parse_bytes(ram, "--ram") if ram else None,
