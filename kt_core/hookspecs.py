@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import pluggy
 
-from kt_core.interfaces import Backend, ModelAdapter, ModelSource, PlacementPolicy, WeightFormat
+from kt_core.interfaces import (
+    Backend,
+    ModelAdapter,
+    ModelSource,
+    NamedConfig,
+    PlacementPolicy,
+    WeightFormat,
+)
 
 if TYPE_CHECKING:
     import typer
@@ -50,6 +57,11 @@ def kt_register_model_sources(register: Register[ModelSource]) -> None:
 @hookspec
 def kt_register_placement_policies(register: Register[PlacementPolicy]) -> None:
     """Register policies that choose which experts lie on the accelerator."""
+
+
+@hookspec
+def kt_register_model_configs(register: Register[NamedConfig]) -> None:
+    """Register configs of released models, which ``kt plan`` can plan for by name."""
 
 
 @hookspec

@@ -12,7 +12,14 @@ import pluggy
 
 from kt_core import hookspecs
 from kt_core.errors import BackendUnavailableError, PluginError, UnknownNameError
-from kt_core.interfaces import Backend, ModelAdapter, ModelSource, PlacementPolicy, WeightFormat
+from kt_core.interfaces import (
+    Backend,
+    ModelAdapter,
+    ModelSource,
+    NamedConfig,
+    PlacementPolicy,
+    WeightFormat,
+)
 from kt_core.types import DeviceInfo
 
 ENTRY_POINT_GROUP = "kt"
@@ -83,6 +90,7 @@ class Registry:
         generic_adapters: Asked, in order, about a model that no adapter names.
         sources: By model name.
         policies: By name of the placement policy.
+        configs: Of released models, by name.
         plugins: Import name of each plug-in, by its name.
         blocked: Names that ``KT_BLOCK_PLUGINS`` kept out.
     """
@@ -93,6 +101,7 @@ class Registry:
     generic_adapters: list[ModelAdapter] = field(default_factory=list)
     sources: Table[ModelSource] = field(default_factory=lambda: Table("model"))
     policies: Table[PlacementPolicy] = field(default_factory=lambda: Table("placement policy"))
+    configs: Table[NamedConfig] = field(default_factory=lambda: Table("config"))
     plugins: dict[str, str] = field(default_factory=dict)
     blocked: tuple[str, ...] = ()
     manager: pluggy.PluginManager = field(
@@ -250,6 +259,7 @@ def _registrars(registry: Registry, owner: str) -> Mapping[str, Callable[[Any], 
         "kt_register_model_adapters": add_adapter,
         "kt_register_model_sources": lambda v: registry.sources.add(v.name, v, owner),
         "kt_register_placement_policies": lambda v: registry.policies.add(v.name, v, owner),
+        "kt_register_model_configs": lambda v: registry.configs.add(v.name, v, owner),
     }
 
 

@@ -12,6 +12,12 @@ def complete_model(context: typer.Context, incomplete: str) -> list[str]:
     return _starting(incomplete, registry_of(context).sources.names())
 
 
+def complete_plannable(context: typer.Context, incomplete: str) -> list[str]:
+    """Return models that have a name or a config; where none fits, shells complete files."""
+    registry = registry_of(context)
+    return _starting(incomplete, (*registry.sources.names(), *registry.configs.names()))
+
+
 def complete_format(context: typer.Context, incomplete: str) -> list[str]:
     """Return the weight formats."""
     return _starting(incomplete, ("auto", *registry_of(context).formats.names()))

@@ -14,7 +14,7 @@ import pluggy
 import typer
 
 from kt_core import __version__, plugins
-from kt_core.cli import backends, bench, doctor, models, place, run, trace, version
+from kt_core.cli import backends, bench, doctor, models, place, plan, run, trace, version
 from kt_core.cli import plugins as plugins_command
 from kt_core.cli.app import App
 from kt_core.cli.output import LogHandler, complain, remark, write
@@ -34,6 +34,7 @@ Examples:
 
 * `kt run demo "What is the capital of France?"` answers one question
 * `kt run demo` starts a chat
+* `kt plan deepseek-v3` says what a model takes on this machine, and how fast it will be
 * `kt doctor` says what can run on this machine
 """
 
@@ -49,7 +50,7 @@ def build_app(registry: plugins.Registry) -> App:
         context_settings={"obj": registry, "help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    commands = (run, bench, trace, place, doctor, backends, models, plugins_command, version)
+    commands = (run, plan, bench, trace, place, doctor, backends, models, plugins_command, version)
     for command in commands:
         command.register(app)
     registry.add_commands(app)

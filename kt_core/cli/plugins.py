@@ -48,6 +48,7 @@ def _describe(registry: Registry) -> list[dict[str, Any]]:
         "model adapters": registry.adapters,
         "models": registry.sources,
         "placement policies": registry.policies,
+        "model configs": registry.configs,
     }
     return [
         {

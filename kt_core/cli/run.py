@@ -75,7 +75,7 @@ def run(
     }
     where = {"format": weight_format, "device": device, "threads": threads}
     if not verbose:
-        _silence_transformers()
+        silence_transformers()
     with _load(context, model, where) as engine:
         if text is None:
             from kt_core.cli.chat import chat
@@ -118,7 +118,7 @@ def _with_system(prompt: str, system: str | None) -> str | list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
-def _silence_transformers() -> None:
+def silence_transformers() -> None:
     """Leave the talking to us. Read once, when transformers is imported: so before that."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -7,7 +7,7 @@ is read or memory is taken: experts found, shapes right, format possible, room e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +20,11 @@ from kt_core import hardware
 from kt_core.checkpoint import Checkpoint
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.model_files import model_class
+from kt_core.engine.sites import find_sites, split_tied
 from kt_core.errors import (
     CheckpointError,
     KtError,
-    NotEnoughMemoryError,
     UnsupportedFormatError,
-    UnsupportedModelError,
 )
 from kt_core.interfaces import (
     ExpertDevice,
@@ -36,15 +35,12 @@ from kt_core.interfaces import (
     WeightFormat,
 )
 from kt_core.moe.hybrid_experts import HybridExperts
+from kt_core.plan.fitting import first_that_fits, format_names, packed_bytes
 from kt_core.plugins import Registry
 from kt_core.types import ActivationPrecision
 
 _log = logging.getLogger(__name__)
 
-# What loading needs besides the weights: scratch of the packing threads, tokenizer, Python.
-_RESERVE_BYTES = 300_000_000
-# `--format auto` takes the first of these that fits: least loss first.
-_AUTO_FORMATS = ("bf16", "int8", "int4")
 _FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 
@@ -87,17 +83,8 @@ class ExpertLoader:
 
         Called by transformers with the model on the meta device.
         """
-        sites: list[ExpertsSite] = []
-        for adapter in self.adapters:  # the first that sees any
-            sites = sites or list(adapter.sites(model))
-        if not sites:
-            msg = (
-                f"{type(model).__name__} has no routed experts that kt can see: it is a dense "
-                "model, or an adapter is missing (docs/add-a-model.md). Dense models run in plain "
-                "transformers, vLLM or llama.cpp."
-            )
-            raise UnsupportedModelError(msg)
-        own, tied = _split_tied(model, sites)
+        sites = find_sites(model, self.adapters)
+        own, tied = split_tied(model, sites)
         wanted = {
             f"{site.parameter_prefix}.{name}": _rows(model, site, name)
             for site in own
@@ -139,7 +126,7 @@ class ExpertLoader:
             UnsupportedFormatError: The device cannot compute it.
             NotEnoughMemoryError: It does not fit.
         """
-        names = _AUTO_FORMATS if self.format_name == "auto" else (self.format_name,)
+        names = format_names(self.format_name)
         capabilities = self.device.capabilities
         formats = [self.registry.formats.get(name) for name in names]
         possible = [f for f in formats if capabilities.computes(f.descriptor)]
@@ -152,24 +139,13 @@ class ExpertLoader:
             )
             raise UnsupportedFormatError(msg)
         dense_bytes = _dense_bytes(model, sites)
-        available = hardware.available_memory_bytes()
-        needed: dict[str, int] = {}
-        for weight_format in possible:
-            descriptor = weight_format.descriptor
-            packed = sum(
-                site.spec.num_experts * self.device.expert_bytes(site.spec, descriptor)
-                for site in sites
-            )
-            needed[descriptor.name] = packed + dense_bytes + _RESERVE_BYTES
-            if needed[descriptor.name] <= available:
-                return weight_format
-        sizes = ", ".join(f"{size / 1e9:.2f} GB as {name}" for name, size in needed.items())
-        msg = (
-            f"not enough memory: the model needs {sizes} ({dense_bytes / 1e9:.2f} GB of it for the "
-            f"dense part), {available / 1e9:.2f} GB are available. "
-            "Close other programs, or choose a smaller format (--format int4)."
-        )
-        raise NotEnoughMemoryError(msg)
+        specs = [site.spec for site in sites]
+        packed = {
+            f.descriptor.name: packed_bytes(specs, f.descriptor, self.device.expert_bytes)
+            for f in possible
+        }
+        name = first_that_fits(packed, dense_bytes, hardware.available_memory_bytes())
+        return self.registry.formats.get(name)
 
     def _replace(
         self,
@@ -263,23 +239,6 @@ def _load_expert(loaded: LoadedSite, expert: int) -> None:
         names = [name for tensors in loaded.tensors.values() for name in tensors.names(expert)]
         msg = f"expert {expert} of {loaded.site.module_name}: {error} (from {', '.join(names)})"
         raise CheckpointError(msg) from error
-
-
-def _split_tied(
-    model: PreTrainedModel, sites: Iterable[ExpertsSite]
-) -> tuple[list[ExpertsSite], list[tuple[str, ExpertsSite]]]:
-    """Sites with weights of their own, and those that share another's, with its prefix."""
-    own: list[ExpertsSite] = []
-    tied: list[tuple[str, ExpertsSite]] = []
-    for site in sites:
-        first = site.parameters[0]
-        source = hook.tied_source(model, f"{site.parameter_prefix}.{first}")
-        owner = source.removesuffix(f".{first}")
-        if owner == site.parameter_prefix:
-            own.append(site)
-        else:
-            tied.append((owner, site))
-    return own, tied
 
 
 def _rows(model: PreTrainedModel, site: ExpertsSite, name: str) -> int:

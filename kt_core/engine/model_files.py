@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kt_core.errors import (
     CheckpointError,
@@ -68,18 +68,16 @@ def _download(hub_id: str, progress: Progress) -> Path:
         raise ModelSourceError(msg) from error
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json.
+def parse_config(file: Path) -> dict[str, Any]:
+    """Return the content of a config.json.
 
     Raises:
         CheckpointError: It is missing or not a JSON object with a ``model_type``.
-        UnsupportedFormatError: The weights are already quantised.
     """
-    file = directory / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        msg = f"{directory} has no config.json, so it is no model directory of transformers"
+        msg = f"{file.parent} has no {file.name}, so it is no model directory of transformers"
         raise CheckpointError(msg) from error
     except (OSError, ValueError) as error:
         msg = f"{file} cannot be read as a transformers config: {type(error).__name__} {error}"
@@ -87,6 +85,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         msg = f"{file} is no transformers config: it names no model_type"
         raise CheckpointError(msg)
+    return config
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json.
+
+    Raises:
+        CheckpointError: As ``parse_config``.
+        UnsupportedFormatError: The weights are already quantised.
+    """
+    config = parse_config(directory / "config.json")
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     if stored := next(filter(None, (part.get("quantization_config") for part in parts)), None):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
@@ -108,18 +117,27 @@ def model_config(
         CheckpointError: transformers refuses a value in it.
         UnsupportedModelError: Nobody knows the ``model_type``.
     """
+    config = config_from_dict(config_dict, registry, directory / "config.json")
+    config.name_or_path = str(directory)
+    return config
+
+
+def config_from_dict(
+    config_dict: dict[str, Any], registry: Registry, file: Path
+) -> PreTrainedConfig:
+    """As ``model_config``; ``file`` is named in errors."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     model_type = config_dict["model_type"]
     adapter = registry.adapters.get(model_type) if model_type in registry.adapters else None
     try:
         config = adapter.config(config_dict) if adapter else None
         if config is None and model_type in CONFIG_MAPPING:
-            return cast("PreTrainedConfig", AutoConfig.from_pretrained(directory))
+            return CONFIG_MAPPING[model_type].from_dict(config_dict)
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        msg = f"{directory / 'config.json'} holds a value that transformers refuses: {reason}"
+        msg = f"{file} holds a value that transformers refuses: {reason}"
         raise CheckpointError(msg) from error
     if config is None:
         import transformers
@@ -130,7 +148,6 @@ def model_config(
             "that has an adapter for it, or write one: docs/add-a-model.md."
         )
         raise UnsupportedModelError(msg)
-    config.name_or_path = str(directory)
     return config
 
 

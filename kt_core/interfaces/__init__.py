@@ -12,6 +12,7 @@ from kt_core.interfaces.expert_kernel import (
 )
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
+from kt_core.interfaces.named_config import NamedConfig
 from kt_core.interfaces.placement_policy import (
     ExpertGrid,
     ExpertId,
@@ -35,6 +36,7 @@ __all__ = [
     "LoraWeights",
     "ModelAdapter",
     "ModelSource",
+    "NamedConfig",
     "OnlinePlacement",
     "Placement",
     "PlacementPolicy",

@@ -36,6 +36,7 @@ from kt_core.errors import (
     UnsupportedModelError,
 )
 from kt_core.interfaces import ExpertWeights, QuantizedTensor
+from kt_core.plan import fitting
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.types import Capabilities, Element, MoeSpec
 from kt_cpu import _kernels
@@ -467,7 +468,7 @@ def test_forced_isa_is_used(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
 def needed_bytes(directory: Path, name: str) -> int:
     with load(directory, format=name, threads=1) as engine:
         stats = engine.stats()
-    return stats.expert_bytes + stats.dense_bytes + loading._RESERVE_BYTES
+    return stats.expert_bytes + stats.dense_bytes + fitting.RESERVE_BYTES
 
 
 def test_not_enough_memory(

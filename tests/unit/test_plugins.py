@@ -28,6 +28,7 @@ from kt_core.interfaces import (
     ExpertDevice,
     ModelAdapter,
     ModelSource,
+    NamedConfig,
     PlacementPolicy,
     QuantizedTensor,
     WeightFormat,
@@ -396,6 +397,17 @@ def test_hook_kt_register_placement_policies() -> None:
     registry = load(plugin("ktt", kt_register_placement_policies=kt_register_placement_policies))
     assert registry.policies.get("nearest") is policy
     assert registry.policies.names() == ("nearest",)
+
+
+def test_hook_kt_register_model_configs(tmp_path: Path) -> None:
+    config = NamedConfig(name="tiny", description="a config", file=tmp_path / "config.json")
+
+    def kt_register_model_configs(register: Callable[[NamedConfig], None]) -> None:
+        register(config)
+
+    registry = load(plugin("ktt", kt_register_model_configs=kt_register_model_configs))
+    assert registry.configs.get("tiny") is config
+    assert "tiny" not in registry.sources
 
 
 def test_hook_kt_register_commands() -> None:

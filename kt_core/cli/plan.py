@@ -1,0 +1,220 @@
+"""``kt plan``: what a model takes and how fast it will be, before anything is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kt_core.cli import plan_options as option
+from kt_core.cli.output import complain, print_json, progress_bar, registry_of, remark
+from kt_core.cli.run import silence_transformers
+from kt_core.errors import InvalidRequestError, UnsupportedFormatError
+from kt_core.paths import cache_dir
+from kt_core.plugins import Registry
+
+if TYPE_CHECKING:
+    from kt_core.interfaces import ExpertDevice, Progress
+    from kt_core.plan import Formats, ModelOutline, Plan, Planner, Wish
+    from kt_core.plan.description import Description
+    from kt_core.types import Format
+
+EPILOG = """
+Examples:
+
+* `kt plan demo` plans for this machine
+* `kt plan deepseek-v3 --vram 24GiB --ram 512GiB --cores 32 --bandwidth 200GB/s`
+* `kt plan kimi-k2 --machine server.yaml --context 65536 --plot kimi.svg`
+* `kt plan qwen3-30b-a3b --json | jq .decode_tokens_per_s`
+"""
+_DEFAULT_CONTEXT, _DEFAULT_PROMPT = 8192, 512
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=EPILOG)(plan)
+
+
+def plan(
+    context: typer.Context,
+    model: option.Model,
+    *,
+    machine: option.MachineFile = None,
+    ram: option.Ram = None,
+    vram: option.Vram = None,
+    bandwidth: option.Bandwidth = None,
+    pcie: option.Pcie = None,
+    cores: option.Cores = None,
+    remeasure: option.Remeasure = False,
+    weight_format: option.Format = "auto",
+    dense_format: option.DenseFormat = "auto",
+    context_tokens: option.Context = None,
+    prompt_tokens: option.PromptTokens = None,
+    hot_experts: option.HotExperts = None,
+    lora_rank: option.LoraRank = 16,
+    sequence_length: option.SequenceLength = 2048,
+    plot: option.Plot = None,
+    as_json: option.AsJson = False,
+) -> None:
+    """Say what a model takes on a machine, and how fast it will be, without its weights.
+
+    Exits with 1 if it does not fit, and says what would.
+    """
+    from kt_core.plan.description import Description, read_description
+
+    described = read_description(machine) if machine else Description()
+    described = described.overridden_by(_description(ram, vram, bandwidth, pcie, cores))
+    if plot:
+        from kt_core.plan.plot import check_plot
+
+        check_plot(plot)
+    registry = registry_of(context)
+    if weight_format != "auto":
+        registry.formats.get(weight_format)  # an unknown name fails before the work
+    if dense_format not in ("auto", "none"):
+        registry.formats.get(dense_format)
+    silence_transformers()
+    with progress_bar("starting") as progress:
+        from kt_core.engine.outline import outline_model
+        from kt_core.plan import advise
+        from kt_core.plan.report import report_of
+
+        outline = outline_model(model, registry, progress)
+        wish = replace(
+            _wish(outline, context_tokens, prompt_tokens),
+            hot_experts=hot_experts,
+            lora_rank=lora_rank,
+            sequence_length=sequence_length,
+        )
+        with _planner(outline, described, registry, remeasure, progress) as (planner, device):
+            choices = _choices(weight_format, dense_format, registry, device)
+            chosen = planner.best_plan(choices, wish)
+            others = _choices("auto", dense_format, registry, device)
+            report = report_of(model, planner, chosen, wish, advise(planner, chosen, others, wish))
+            if plot:
+                _draw(plot, model, planner, chosen, choices)
+    _show(report, as_json=as_json)
+    if plot:
+        remark(f"wrote {plot}")
+    if not chosen.fits:
+        complain("error", f"{model} does not fit: {'; '.join(report['advice'])}")
+        raise typer.Exit(1)
+
+
+def _description(
+    ram: str | None, vram: str | None, bandwidth: str | None, pcie: str | None, cores: int | None
+) -> Description:
+    from kt_core.plan.description import Description
+    from kt_core.plan.units import parse_bytes, parse_bytes_per_s
+
+    no_card = vram is not None and vram.strip() == "0"
+    if pcie and no_card:
+        msg = "--pcie is the link to an accelerator, and --vram 0 is a machine without one"
+        raise InvalidRequestError(msg)
+    return Description(
+        memory_bytes=parse_bytes(ram, "--ram") if ram else None,
+        cores=cores,
+        read_bytes_per_s=parse_bytes_per_s(bandwidth, "--bandwidth") if bandwidth else None,
+        card_memory_bytes=0 if no_card else parse_bytes(vram, "--vram") if vram else None,
+        link_bytes_per_s=parse_bytes_per_s(pcie, "--pcie") if pcie else None,
+    )
+
+
+def _wish(outline: ModelOutline, context: int | None, prompt: int | None) -> Wish:
+    from kt_core.plan import Wish
+
+    longest = outline.max_context
+    if longest and context and context > longest:
+        msg = f"--context {context} is more than the model was made for: {longest}"
+        raise InvalidRequestError(msg)
+    context = context or min(max(_DEFAULT_CONTEXT, prompt or 0), longest or _DEFAULT_CONTEXT)
+    prompt = prompt or min(_DEFAULT_PROMPT, context)
+    if prompt > context:
+        msg = f"--prompt {prompt} does not fit into a context of {context}: --context"
+        raise InvalidRequestError(msg)
+    return Wish(context=context, prompt=prompt)
+
+
+@contextmanager
+def _planner(
+    outline: ModelOutline,
+    described: Description,
+    registry: Registry,
+    is_renewed: bool,
+    progress: Progress,
+) -> Iterator[tuple[Planner, ExpertDevice]]:
+    """Open the host's device, which knows how experts are packed, and measure what must be."""
+    from kt_core.plan import ExpertRates, Planner
+    from kt_core.plan.description import is_this_machine, machine_of
+    from kt_core.plan.machine import described_expert_rates
+    from kt_core.plan.measure import expert_rates, host_rates
+
+    backend, info = registry.find_device("cpu" if "cpu" in registry.backends else "auto")
+    with backend.open(info.name) as device:
+        options: dict[str, Any] = {"is_renewed": is_renewed, "progress": progress}
+        machine = machine_of(
+            described, lambda: host_rates(device, outline.dense_dtype, cache_dir(), **options)
+        )
+        known: dict[str, ExpertRates] = {}
+        heaviest = max(outline.expert_layers, key=lambda layer: layer.spec.weights_per_expert)
+
+        def rates(weight_format: Format) -> ExpertRates:
+            if not is_this_machine(described):
+                return described_expert_rates(machine.host, weight_format)
+            name = weight_format.name
+            if name not in known:
+                whole = registry.formats.get(name)
+                known[name] = expert_rates(device, whole, heaviest, cache_dir(), **options)
+            return known[name]
+
+        yield (
+            Planner(
+                outline=outline,
+                machine=machine,
+                expert_bytes=device.expert_bytes,
+                expert_rates=rates,
+            ),
+            device,
+        )
+
+
+def _choices(
+    weight_format: str, dense_format: str, registry: Registry, device: ExpertDevice
+) -> list[Formats]:
+    """Return what the weights may become, best first: experts are packed before dense layers."""
+    from kt_core.plan import Formats
+    from kt_core.plan.fitting import AUTO_DENSE_FORMATS, format_names
+
+    formats = [registry.formats.get(name).descriptor for name in format_names(weight_format)]
+    possible = [f for f in formats if device.capabilities.computes(f)]
+    if not possible:
+        msg = f"device {device.info.name!r} computes no experts of format {weight_format!r}"
+        raise UnsupportedFormatError(msg)
+    names = AUTO_DENSE_FORMATS if dense_format == "auto" else (dense_format,)
+    dense = [None if name == "none" else registry.formats.get(name).descriptor for name in names]
+    return [Formats(experts=f, dense=d) for d in dense for f in possible]
+
+
+def _draw(file: Path, model: str, planner: Planner, chosen: Plan, choices: list[Formats]) -> None:
+    from kt_core.plan.plot import context_curves, draw, hot_curves
+
+    outline = planner.outline
+    longest = outline.max_context or 8 * _DEFAULT_CONTEXT
+    share = chosen.hot_experts / outline.num_experts
+    alike = [formats for formats in choices if formats.dense == chosen.formats.dense]
+    hot = hot_curves(planner, alike, chosen.prompt) if planner.machine.card else []
+    context = context_curves(planner, chosen.formats, share, longest)
+    draw(file, f"{model}, {chosen.formats.options}", hot, context)
+
+
+def _show(report: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+        return
+    from kt_core.cli.plan_view import show_plan
+
+    show_plan(report)

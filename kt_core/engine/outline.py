@@ -1,0 +1,231 @@
+"""Measure a model that is not there: sizes, cache and work, on the meta device, in seconds.
+
+The model is built by transformers without memory for its weights, its experts modules are replaced
+as for loading, by ones that compute nothing, and some tokens are sent through. So a plan knows what
+transformers *does*, for every family, and there is no formula here for any kind of attention: cache
+tensors are looked at, operators are counted as they are dispatched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kt_core.engine.generation import context_length
+from kt_core.engine.meta_passes import Passes
+from kt_core.engine.model_files import adapters_for, config_from_dict, model_class, parse_config
+from kt_core.engine.sites import find_sites, split_tied
+from kt_core.errors import ModelSourceError, UnsupportedModelError
+from kt_core.interfaces import ExpertsSite, Progress, no_progress
+from kt_core.moe.hybrid_experts import HybridExperts
+from kt_core.paths import cache_dir
+from kt_core.plan import ExpertLayer, LinearLayers, ModelOutline
+from kt_core.plugins import Registry
+from kt_core.types import MoeSpec
+
+# A panel of packed weights; what has fewer outputs is a gate.
+_SMALLEST_OUTPUTS = 16
+_PARTS = (
+    "embeddings", "output_head", "attention_and_dense_layers", "routers_and_shared_experts", "rest",
+)  # fmt: skip
+
+
+def outline_model(
+    model: str | Path, registry: Registry, progress: Progress = no_progress
+) -> ModelOutline:
+    """Return what a plan must know about a model.
+
+    Args:
+        model: A directory, a config.json, a name that a plug-in registered, or a hub id, of which
+            config.json alone is fetched.
+        registry: The plug-ins.
+        progress: Told what is being done.
+
+    Raises:
+        KtError: There is no such model, or it cannot be run by kt.
+    """
+    file = find_config(model, registry, progress)
+    config_dict = parse_config(file)
+    for part in (config_dict, config_dict.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)  # sizes are those of what kt makes of it
+    config = config_from_dict(config_dict, registry, file)
+    progress("reading the model's structure", None)
+    return outline_config(config, registry, model_type=config_dict["model_type"])
+
+
+def find_config(model: str | Path, registry: Registry, progress: Progress = no_progress) -> Path:
+    """Return the config.json of a model; arguments and errors as for ``outline_model``."""
+    path, name = Path(model).expanduser(), str(model)
+    if path.is_dir():
+        return path / "config.json"
+    if path.is_file():
+        return path
+    if name in registry.configs:
+        return registry.configs.get(name).file
+    if name in registry.sources:
+        return registry.sources.get(name).resolve(cache_dir(), progress) / "config.json"
+    if name.count("/") == 1:
+        return _fetch_config(name, progress)
+    known = ", ".join((*registry.configs.names(), *registry.sources.names())) or "none"
+    msg = (
+        f"model {name!r} is neither a directory nor a config.json nor a known name (known: {known})"
+        " nor a hub id of the form owner/name"
+    )
+    raise ModelSourceError(msg)
+
+
+def _fetch_config(hub_id: str, progress: Progress) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    progress(f"config.json of {hub_id}", None)
+    try:
+        return Path(hf_hub_download(hub_id, "config.json"))
+    except Exception as error:  # huggingface_hub's, httpx's, the file system's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        msg = (
+            f"{hub_id!r} is no file here and its config.json could not be downloaded: {reason}. "
+            "Check the name and the network, or give the path of a config.json."
+        )
+        raise ModelSourceError(msg) from error
+
+
+def outline_config(
+    config: PreTrainedConfig, registry: Registry, *, model_type: str | None = None
+) -> ModelOutline:
+    """Return the outline of the model that this config describes; errors as ``outline_model``."""
+    dtype = _dtype(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config)(config).to(dtype).eval()
+    sites = find_sites(model, adapters_for(model_type or config.model_type, registry))
+    own, _ = split_tied(model, sites)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dense_bytes = _dense_parts(model, sites)
+    linears = _linears(model, sites)
+    recorders = {site.module_name: _Recorder(site.spec) for site in sites}
+    for site in sites:
+        _swap(model, site, recorders[site.module_name])
+    passes = Passes(model)
+    try:
+        measured = passes.run()
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError,
+            KeyError) as error:  # fmt: skip
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        msg = (
+            f"{type(model).__name__} cannot be planned for: transformers does not run it on the "
+            f"meta device ({reason}). It may still load: try `kt run`."
+        )
+        raise UnsupportedModelError(msg) from error
+    text = config.get_text_config(decoder=True)
+    return ModelOutline(
+        model_type=config.model_type,
+        parameters=parameters,
+        dense_dtype=str(dtype).removeprefix("torch."),
+        dense_bytes=dense_bytes,
+        linears=linears,
+        expert_layers=tuple(
+            ExpertLayer(spec=site.spec, top_k=recorders[site.module_name].top_k) for site in own
+        ),
+        max_context=context_length(model),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        **measured,
+    )
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    for owner in (config, config.get_text_config(decoder=True)):
+        if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
+            return dtype
+    return torch.float32  # what transformers takes where nobody says
+
+
+def _dense_parts(model: PreTrainedModel, sites: list[ExpertsSite]) -> dict[str, int]:
+    """Bytes by part of everything but the routed experts; a shared tensor counts once."""
+    experts = tuple(f"{site.parameter_prefix}." for site in sites)
+    blocks = tuple(f"{site.parameter_prefix.rpartition('.')[0]}." for site in sites)
+    layers = _layer_lists(sites)
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    parts = dict.fromkeys(
+        (
+            "embeddings",
+            "output_head",
+            "attention_and_dense_layers",
+            "routers_and_shared_experts",
+            "rest",
+        ),
+        0,
+    )
+    for name, parameter in model.named_parameters():
+        if name.startswith(experts):
+            continue
+        if id(parameter) in embeddings:
+            part = "embeddings"
+        elif id(parameter) in heads:
+            part = "output_head"
+        elif name.startswith(blocks):
+            part = "routers_and_shared_experts"
+        else:
+            part = "attention_and_dense_layers" if name.startswith(layers) else "rest"
+        parts[part] += parameter.numel() * parameter.element_size()
+    return {part: size for part, size in parts.items() if size}
+
+
+def _layer_lists(sites: list[ExpertsSite]) -> tuple[str, ...]:
+    """Prefixes of the lists of decoder layers: up to the number in an experts module's path."""
+    return tuple({re.split(r"\.\d+\.", site.parameter_prefix)[0] + "." for site in sites})
+
+
+def _linears(model: PreTrainedModel, sites: list[ExpertsSite]) -> tuple[LinearLayers, ...]:
+    """Linear layers that can be packed: no routers, nothing that shares its weight."""
+    layers = _layer_lists(sites)
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    routers = {site.spec.num_experts for site in sites}
+    tied = {id(p) for p in model.get_input_embeddings().parameters()}
+    shapes: Counter[tuple[int, int]] = Counter()
+    for name, module in model.named_modules():
+        is_wanted = type(module) is nn.Linear and (name.startswith(layers) or module is head)
+        if not is_wanted or id(module.weight) in tied:
+            continue
+        out_features, in_features = (int(size) for size in module.weight.shape)
+        if out_features >= _SMALLEST_OUTPUTS and out_features not in routers:
+            shapes[out_features, in_features] += 1
+    return tuple(
+        LinearLayers(out_features=out_features, in_features=in_features, count=count)
+        for (out_features, in_features), count in shapes.items()
+    )
+
+
+class _Recorder(HybridExperts):
+    """Computes nothing, and remembers how many experts a token has."""
+
+    def __init__(self, spec: MoeSpec) -> None:
+        nn.Module.__init__(self)
+        self.spec = spec
+        self.kernels = ()
+        self.top_k = 0
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return an empty output; on a pass of one token every pair is that token's."""
+        del top_k_weights
+        self.top_k = self.top_k or top_k_index.numel()
+        return torch.empty_like(hidden_states)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.num_experts} experts"
+
+
+def _swap(model: PreTrainedModel, site: ExpertsSite, recorder: _Recorder) -> None:
+    replacement = site.build(model.get_submodule(site.module_name), recorder)
+    parent, _, leaf = site.module_name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, replacement)

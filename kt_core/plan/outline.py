@@ -1,0 +1,174 @@
+"""What a plan must know about a model: sizes and work, without a weight. No model is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kt_core.types import Format, MoeSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayer:
+    """Routed experts of one layer.
+
+    Attributes:
+        spec: Their shape.
+        top_k: Experts of one token.
+    """
+
+    spec: MoeSpec
+    top_k: int
+
+    def expected_active(self, tokens: int) -> float:
+        """Return how many experts that many tokens meet, if each chooses at random.
+
+        ``E (1 - (1 - k/E)^T)``: the complement of being missed by every token.
+        """
+        missed = (1 - self.top_k / self.spec.num_experts) ** tokens
+        return self.spec.num_experts * (1 - missed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLayers:
+    """Dense layers of one shape, which can be packed as experts are.
+
+    Attributes:
+        out_features: Outputs.
+        in_features: Inputs.
+        count: How many there are.
+    """
+
+    out_features: int
+    in_features: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Elements of all their weights."""
+        return self.out_features * self.in_features * self.count
+
+    def packed_bytes(self, weight_format: Format) -> int:
+        """Bytes of their weights in that format, without what a device pads them to."""
+        return round(self.weights * weight_format.bits_per_weight(self.in_features) / 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLayer:
+    """What one layer keeps of the tokens it has seen, in bytes per sequence.
+
+    Two straight lines, the lower of which holds: the first tokens of a sliding window cost more
+    than those that push others out, a recurrent state costs the same for any number.
+
+    Attributes:
+        fixed_bytes: Of an empty sequence, early on.
+        token_bytes: Of every token, early on.
+        late_fixed_bytes: As ``fixed_bytes``, on long sequences.
+        late_token_bytes: As ``token_bytes``, on long sequences.
+    """
+
+    fixed_bytes: float
+    token_bytes: float
+    late_fixed_bytes: float
+    late_token_bytes: float
+
+    def size_bytes(self, tokens: int) -> float:
+        """Return the bytes after that many tokens."""
+        late = self.late_fixed_bytes + self.late_token_bytes * tokens
+        if self.token_bytes < self.late_token_bytes:
+            return late
+        return min(self.fixed_bytes + self.token_bytes * tokens, late)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseWork:
+    """What everything but the routed experts computes in one forward pass.
+
+    Attributes:
+        token_flops: Operations per new token, whatever came before it.
+        pair_flops: Operations per pair of a new token and one that it can see.
+        attention_flops: As ``pair_flops``, in torch's fused attention.
+        attention_bytes: Bytes of keys and values that fused attention reads, per pair.
+        token_bytes: Bytes of intermediate tensors that are read or written, per new token.
+        pair_bytes: As ``token_bytes``, per pair: what growing and expanding a cache costs.
+        threaded_calls: Calls that torch shares out to its threads: matrix products, attention, and
+            whatever has large results.
+        other_calls: Calls of other operators.
+    """
+
+    token_flops: float
+    pair_flops: float
+    attention_flops: float
+    attention_bytes: float
+    token_bytes: float
+    pair_bytes: float
+    threaded_calls: int
+    other_calls: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOutline:
+    """A model as the planner sees it.
+
+    Attributes:
+        model_type: ``model_type`` of its config.
+        parameters: Elements of all weights.
+        dense_dtype: Type of everything but the routed experts.
+        dense_bytes: By part, everything but the routed experts.
+        decode_read_bytes: Of ``dense_bytes``, what one new token reads.
+        expert_layers: Layers with routed experts that have weights of their own.
+        linears: Linear layers of attention, dense MLPs and shared experts, and the output head.
+        cache: One entry per layer that keeps something.
+        decode: One new token after ``d`` others: ``d`` pairs.
+        prefill: ``n`` new tokens at once: ``n^2`` pairs.
+        max_context: Positions the model was made for; None where its config does not say.
+        num_layers: Decoder layers.
+        hidden_size: Elements of one token's hidden state.
+        vocab_size: Tokens there are.
+    """
+
+    model_type: str
+    parameters: int
+    dense_dtype: str
+    dense_bytes: Mapping[str, int]
+    decode_read_bytes: int
+    linears: tuple[LinearLayers, ...]
+    expert_layers: tuple[ExpertLayer, ...]
+    cache: tuple[CacheLayer, ...]
+    decode: DenseWork
+    prefill: DenseWork
+    max_context: int | None
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of all layers."""
+        return sum(layer.spec.num_experts for layer in self.expert_layers)
+
+    @property
+    def dense_element_bytes(self) -> int:
+        """Bytes of one element of ``dense_dtype``."""
+        return 2 if self.dense_dtype.endswith("16") else 4
+
+    def total_dense_bytes(self, dense_format: Format | None = None) -> int:
+        """Bytes of everything but the routed experts, its linear layers packed or as they are."""
+        return sum(self.dense_bytes.values()) - self.saved_bytes(dense_format)
+
+    def packed_dense_bytes(self, dense_format: Format | None) -> int:
+        """Bytes of the linear layers in a format; 0 where they stay as they are."""
+        if dense_format is None:
+            return 0
+        return sum(layers.packed_bytes(dense_format) for layers in self.linears)
+
+    def saved_bytes(self, dense_format: Format | None) -> int:
+        """Bytes by which packing the linear layers makes the model smaller."""
+        if dense_format is None:
+            return 0
+        unpacked = self.dense_element_bytes * sum(layers.weights for layers in self.linears)
+        return unpacked - self.packed_dense_bytes(dense_format)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the cache of one sequence of that many tokens."""
+        return round(sum(layer.size_bytes(tokens) for layer in self.cache))
