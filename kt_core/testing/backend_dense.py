@@ -83,7 +83,7 @@ class BackendDense(BackendHarness):
         """Any strides, any leading dimensions, none at all; the arguments stay as they are."""
         rows = random_rows(6, 160)
         with self._dense() as device:
-            kernel = self._accurate(device, self.computed_formats()[0])
+            kernel = self._accurate_dense(device, self.computed_formats()[0])
             want = self.apply(kernel, rows)
             cases = {
                 "strided": (rows.T.contiguous().T, want),
@@ -109,7 +109,7 @@ class BackendDense(BackendHarness):
         """The gradient of the input, of every type, and what it is a gradient of."""
         with self._dense() as device:
             if not device.capabilities.trains:
-                kernel = self._loaded(device, weight_format)
+                kernel = self._loaded_dense(device, weight_format)
                 with pytest.raises(UnsupportedTrainingError, match=weight_format.descriptor.name):
                     kernel.grad_input(random_rows(1, 72))
                 pytest.skip(f"device {device.info.name!r} does not train")
@@ -130,7 +130,7 @@ class BackendDense(BackendHarness):
     def test_dense_load_replaces(self, weight_format: WeightFormat) -> None:
         """A layer loaded again is the new one; a refused one is gone."""
         with self._dense() as device:
-            kernel = self._kernel(device, weight_format)
+            kernel = self._dense_kernel(device, weight_format)
             assert not kernel.is_loaded
             kernel.load(*random_dense(DENSE, seed=9))
             assert kernel.is_loaded
@@ -160,7 +160,7 @@ class BackendDense(BackendHarness):
         }
         rows = random_rows(3, 160)
         with self._dense() as device:
-            kernel = self._kernel(device, weight_format)
+            kernel = self._dense_kernel(device, weight_format)
             kernel.load(plain.clone(), bias)
             want = self.apply(kernel, rows)
             for what, form in forms.items():
@@ -179,7 +179,7 @@ class BackendDense(BackendHarness):
         nan_bias[-1] = float("inf")
         other = next(f for f in self.formats if f.descriptor != weight_format.descriptor)
         with self._dense() as device:
-            kernel = self._kernel(device, weight_format)
+            kernel = self._dense_kernel(device, weight_format)
             plain = device.linear_kernel(replace(DENSE, has_bias=False), weight_format.descriptor)
             for what, bad, bad_bias in (
                 ("a transposed weight", weight.T, bias),
@@ -217,7 +217,7 @@ class BackendDense(BackendHarness):
             kernel.load(weight, bias)
 
         with self._dense() as device, ThreadPoolExecutor(4) as pool:
-            kernels = [self._accurate(device, weight_format, load=False) for _ in range(4)]
+            kernels = [self._accurate_dense(device, weight_format, load=False) for _ in range(4)]
             for done in [pool.submit(load, kernel) for kernel in kernels]:
                 done.result()
             for kernel in kernels:
@@ -230,15 +230,15 @@ class BackendDense(BackendHarness):
                 pytest.skip(f"device {device.info.name!r} computes no dense layers")
             yield device
 
-    def _kernel(self, device: ExpertDevice, weight_format: WeightFormat) -> LinearKernel:
+    def _dense_kernel(self, device: ExpertDevice, weight_format: WeightFormat) -> LinearKernel:
         return device.linear_kernel(DENSE, weight_format.descriptor)
 
-    def _loaded(self, device: ExpertDevice, weight_format: WeightFormat) -> LinearKernel:
-        kernel = self._kernel(device, weight_format)
+    def _loaded_dense(self, device: ExpertDevice, weight_format: WeightFormat) -> LinearKernel:
+        kernel = self._dense_kernel(device, weight_format)
         kernel.load(*random_dense(DENSE))
         return kernel
 
-    def _accurate(
+    def _accurate_dense(
         self, device: ExpertDevice, weight_format: WeightFormat, *, load: bool = True
     ) -> LinearKernel:
         exact = ActivationPrecision.FLOAT32
