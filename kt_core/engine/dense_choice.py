@@ -8,13 +8,13 @@ attention, dense MLPs, shared experts. What stays as the checkpoint has it:
   hidden states, such as a router or the gate of a shared expert;
 - what transformers keeps in float32 on purpose;
 - layers whose weight the model's code reads itself: see ``direct_reads``;
-- layers that would grow: panels have 16 outputs and 64 inputs at least.
+- layers that packing would make larger, being mostly padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +23,9 @@ from kt_core.engine import transformers_hook as hook
 from kt_core.engine.direct_reads import DirectReads
 from kt_core.interfaces import ExpertDevice, ExpertsSite
 from kt_core.types import Format, LinearSpec
+
+# What rounding a size of some hundred up to whole panels may add, where nothing else is saved.
+_MOST_GROWTH = 1.125
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +76,31 @@ def choose_dense(
             for parent, _, leaf in (name.rpartition(".") for name in site.names)
         )
         is_precise = any(hook.kept_precise(model, name) for name in site.own_parameters)
-        grows = device.linear_bytes(site.spec, weight_format) > sum(
-            parameter.numel() * parameter.element_size() for parameter in site.module.parameters()
-        )
-        if id(site.module) not in deciding and not (is_read or is_precise or grows):
+        is_kept = is_read or is_precise or _grows(site, device, weight_format)
+        if id(site.module) not in deciding and not is_kept:
             chosen.append(site)
     return _without_owners_of_others(model, chosen)
+
+
+def _grows(site: DenseSite, device: ExpertDevice, weight_format: Format) -> bool:
+    """Whether the packed weight is larger than the one it replaces, by more than some padding."""
+    weight = site.module.weight
+    packed_bytes = device.linear_bytes(replace(site.spec, has_bias=False), weight_format)
+    return packed_bytes > _MOST_GROWTH * weight.numel() * weight.element_size()
 
 
 def _linears(model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> Iterator[DenseSite]:
     """Yield the candidates, in the order of the model."""
     stacks = tuple(f"{_stack(model, site)}." for site in sites)
     experts = tuple(f"{site.parameter_prefix}." for site in sites)
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    heads = _heads(model, sites)
     places: dict[nn.Linear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear:
             places.setdefault(module, []).append(name)
     for module, names in places.items():
         is_inside = all(n.startswith(stacks) and not n.startswith(experts) for n in names)
-        if is_inside or module is head:
+        if is_inside or module in heads:
             parameters = [leaf for leaf, _ in module.named_parameters()]
             weight, bias = (
                 hook.tied_source(model, f"{names[0]}.{leaf}") if leaf in parameters else None
@@ -100,6 +108,17 @@ def _linears(model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> Iterator[D
             )
             assert weight is not None
             yield DenseSite(tuple(names), module, weight, bias)
+
+
+def _heads(model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> set[nn.Module]:
+    """Return the output heads of the model, or of models in it, that have routed experts."""
+    heads = set()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        is_ours = any(site.parameter_prefix.startswith(prefix) for site in sites)
+        if is_ours and isinstance(module, PreTrainedModel):
+            heads.add(module.get_output_embeddings())  # type: ignore[no-untyped-call]
+    return heads
 
 
 def _stack(model: PreTrainedModel, site: ExpertsSite) -> str:

@@ -120,6 +120,12 @@ def forget_dense(
     model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
     for name in set(parameters) & set(model.all_tied_weights_keys or {}):
         del model.all_tied_weights_keys[name]
+    # Nor later, when somebody calls tie_weights(): each model within the model has its own list.
+    for prefix, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and isinstance(part._tied_weights_keys, dict):
+            start = f"{prefix}." if prefix else ""
+            kept = {t: s for t, s in part._tied_weights_keys.items() if start + t not in parameters}
+            part._tied_weights_keys = kept
 
 
 def mark_initialised(parameter: torch.Tensor) -> None:
