@@ -28,7 +28,7 @@ import kt_core
 from kt_core import hardware, plugins
 from kt_core.checkpoint import open_checkpoint
 from kt_core.dense.packed_linear import PackedLinear
-from kt_core.engine import Engine, GenerationOptions, direct_reads
+from kt_core.engine import Engine, GenerationOptions, direct_reads, loading
 from kt_core.engine.generation import TokenStream
 from kt_core.errors import (
     CheckpointError,
@@ -92,14 +92,21 @@ def dequantised(truth: PreTrainedModel, names: set[str], format_name: str) -> Pr
 # --- the numbers -------------------------------------------------------------------------------
 
 
-def test_logits_are_those_of_transformers(
-    directory: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_logits_are_those_of_transformers(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 holds the weights of these models exactly. Nothing is missing or unexpected."""
     truth = tiny.load_reference(directory)
     input_ids = tiny.sample_input_ids(truth.config)
-    with caplog.at_level("WARNING"), load(directory, "bf16") as engine:
-        assert not [r for r in caplog.records if r.name.startswith("transformers.modeling")]
+    seen: dict[str, Any] = {}
+    real = loading._check_loaded
+
+    def remember(directory: Path, model: Any, info: Any, shapes: Any) -> None:
+        seen.update(info)
+        real(directory, model, info, shapes)
+
+    monkeypatch.setattr(loading, "_check_loaded", remember)
+    with load(directory, "bf16") as engine:
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            assert not seen[kind], kind
         assert len(packed_layers(engine.model)) >= 8
         got = tiny.logits(engine.model, input_ids)
         greedy = tiny.greedy_tokens(engine.model, input_ids)
