@@ -240,7 +240,8 @@ class ActivationPrecision(StrEnum):
     AUTO = "auto"
     """The device's own choice for the format and the type of the hidden states."""
     INT8 = "int8"
-    """Dynamic int8, a scale for 64 inputs of a token; for 32 of what is between up and down."""
+    """Dynamic int8, a scale for 64 inputs of a token; for 32 of what is between up and down, and of
+    the inputs of a dense layer."""
     BF16 = "bf16"
     """bf16 products summed in float32."""
     FLOAT32 = "float32"

@@ -14,7 +14,7 @@ from kt_core.interfaces import LinearKernel, QuantizedTensor, WeightFormat
 from kt_core.interfaces.checks import check_linear, check_linear_finite, check_rows
 from kt_core.testing import reference
 from kt_core.testing.backward_reference import Bounded, exactly
-from kt_core.testing.reference import HIDDEN_GROUP, UNIT_ROUNDOFF
+from kt_core.testing.reference import INTERMEDIATE_GROUP, UNIT_ROUNDOFF
 from kt_core.types import ActivationPrecision, Element, Format, LinearSpec
 
 
@@ -57,7 +57,7 @@ def forward(layer: Dense, x: torch.Tensor, precision: ActivationPrecision) -> Bo
         precision: One by name.
     """
     nothing = torch.zeros(x.shape, dtype=torch.float64)
-    given, _ = reference.rounded(x.float(), nothing, HIDDEN_GROUP, precision)
+    given, _ = reference.rounded(x.float(), nothing, INTERMEDIATE_GROUP, precision)
     value, error = reference.linear(given, 0.0, layer.weight, layer.bias)
     return _stored(value, error, x.dtype)
 

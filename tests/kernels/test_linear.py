@@ -31,6 +31,15 @@ def device_for(isa: str, threads: int = 2) -> CpuDevice:
     return CpuDevice(info, capabilities, threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Torch's idle threads spin, on the cores that ours want."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=ISAS)
 def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
     with device_for(request.param) as opened:
