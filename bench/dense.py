@@ -56,11 +56,16 @@ def layers_for(size_bytes: int) -> int:
     return max(2, -(-COLD_FACTOR * cache_bytes // size_bytes))
 
 
+def some_weight(spec: LinearSpec) -> torch.Tensor:
+    """Make a matrix; which numbers it holds changes no time."""
+    return torch.randn(spec.out_features, 1).bfloat16() * torch.randn(spec.in_features).bfloat16()
+
+
 def packed_work(
     device: ExpertDevice, spec: LinearSpec, weight_format: WeightFormat, x: torch.Tensor
 ) -> tuple[Iterator[Callable[[], Any]], int]:
     """Make packed layers; return calls in turns, and the bytes of one layer."""
-    weight = torch.randn(spec.out_features, spec.in_features).bfloat16()
+    weight = some_weight(spec)
     size_bytes = device.linear_bytes(spec, weight_format.descriptor)
     kernels = []
     for _ in range(layers_for(size_bytes)):
@@ -72,10 +77,10 @@ def packed_work(
 def torch_work(spec: LinearSpec, x: torch.Tensor) -> Iterator[Callable[[], Any]]:
     """Make torch's layers of the same shape; return calls in turns."""
     size_bytes = 2 * spec.in_features * spec.out_features
-    layers = [
-        nn.Linear(spec.in_features, spec.out_features, bias=False, dtype=torch.bfloat16)
-        for _ in range(layers_for(size_bytes))
-    ]
+    layers = []
+    for _ in range(layers_for(size_bytes)):
+        layers.append(nn.Linear(spec.in_features, spec.out_features, bias=False, device="meta"))
+        layers[-1].weight = nn.Parameter(some_weight(spec), requires_grad=False)
     return cycle([lambda layer=layer: layer(x) for layer in layers])
 
 
