@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dense/linear_layer.hpp"
 #include "hardware/limits.hpp"
 #include "isa/dispatch.hpp"
 #include "moe/expert_layer.hpp"
@@ -222,6 +223,51 @@ void BindLayer(py::module_& m) {
           py::arg("lora"), py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"));
 }
 
+void BindLinear(py::module_& m) {
+  py::class_<kt::LinearSpec>(m, "LinearSpec")
+      .def(py::init([](size_t in_features, size_t out_features, bool has_bias, kt::Element element,
+                       kt::ScaleType scale, kt::Offset offset, size_t group) {
+             return kt::LinearSpec{in_features, out_features, has_bias, element,
+                                   scale,       offset,       group};
+           }),
+           py::kw_only(), py::arg("in_features"), py::arg("out_features"), py::arg("has_bias"),
+           py::arg("element"), py::arg("scale"), py::arg("offset"), py::arg("group"))
+      .def_property_readonly("size_bytes",
+                             [](const kt::LinearSpec& s) { return kt::LayoutOf(s).bytes; });
+
+  // A decode step makes some hundred calls: arguments come by position, which takes half the time.
+  const auto call = [](auto method) {
+    return [method](const kt::LinearLayer& layer, uintptr_t source, DType type,
+                    kt::Precision precision, size_t rows, size_t source_stride, uintptr_t target) {
+      const py::gil_scoped_release release;
+      (layer.*method)({Pointer<const void>(source), type, precision, rows, source_stride,
+                       Pointer<void>(target)});
+    };
+  };
+  py::class_<kt::LinearLayer>(m, "LinearLayer")
+      .def(py::init([](const Device& device, const kt::LinearSpec& spec) {
+             return std::make_unique<kt::LinearLayer>(spec, *device.isa.kernels, device.pool,
+                                                      device.scratch);
+           }),
+           py::arg("device"), py::arg("spec"))
+      .def(
+          "load",
+          [](kt::LinearLayer& layer, const py::object& weight, uintptr_t bias) {
+            const kt::SourceMatrix source = MatrixFrom(weight);
+            const py::gil_scoped_release release;
+            return layer.Load(source, Pointer<const float>(bias));
+          },
+          py::arg("weight"), py::arg("bias"), "Pack; False if a number is not finite.")
+      .def_property_readonly("is_loaded", &kt::LinearLayer::is_loaded)
+      .def("packed_bytes",
+           [](const kt::LinearLayer& layer) {
+             const auto bytes = layer.Bytes();
+             return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+           })
+      .def("apply", call(&kt::LinearLayer::Apply))
+      .def("grad_input", call(&kt::LinearLayer::GradInput));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -267,4 +313,5 @@ PYBIND11_MODULE(_kernels, m) {
            py::arg("isa"), py::arg("threads"))
       .def_property_readonly("isa", [](const Device& d) { return std::string(d.isa.name); });
   BindLayer(m);
+  BindLinear(m);
 }

@@ -31,6 +31,10 @@ class UnsupportedTrainingError(KtError):
     """A gradient is asked for that the backend does not compute."""
 
 
+class UnsupportedDenseError(KtError):
+    """Dense layers are to be packed that the device cannot compute, or the model does not allow."""
+
+
 class CheckpointError(KtError):
     """The checkpoint is missing, incomplete, damaged or inconsistent with its config."""
 

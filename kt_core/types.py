@@ -115,6 +115,28 @@ class MoeSpec:
         return projections * self.hidden_size * self.intermediate_size
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSpec:
+    """Shape of one dense layer, ``y = x W^T + b``.
+
+    Attributes:
+        in_features: Elements of a row of ``x``.
+        out_features: Elements of a row of ``y``.
+        has_bias: Whether there is a ``b``.
+    """
+
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("in_features", "out_features"):
+            value = getattr(self, field)
+            if value < 1:
+                msg = f"{field} must be >= 1, got {value}"
+                raise ValueError(msg)
+
+
 class Element(StrEnum):
     """What one stored weight is."""
 
@@ -245,7 +267,8 @@ class ActivationPrecision(StrEnum):
     AUTO = "auto"
     """The device's own choice for the format and the type of the hidden states."""
     INT8 = "int8"
-    """Dynamic int8, a scale for 64 inputs of a token; for 32 of what is between up and down."""
+    """Dynamic int8, a scale for 64 inputs of a token; for 32 of what is between up and down, and of
+    the inputs of a dense layer."""
     BF16 = "bf16"
     """bf16 products summed in float32."""
     FLOAT32 = "float32"
@@ -280,6 +303,8 @@ class Capabilities:
         instruction_set: Kernel variant in use, such as ``avx512_bf16``; None where there is one.
         instruction_sets: Every variant this machine can run, best first.
         trains: Whether its kernels compute gradients: see ``ExpertKernel.backward``.
+        computes_dense: Whether it packs and computes dense layers too, in the same formats: see
+            ``ExpertDevice.linear_kernel``.
     """
 
     elements: frozenset[Element] = frozenset()
@@ -287,6 +312,7 @@ class Capabilities:
     instruction_set: str | None = None
     instruction_sets: tuple[str, ...] = ()
     trains: bool = False
+    computes_dense: bool = False
 
     def computes(self, weight_format: Format) -> bool:
         """Whether experts of this format can be computed."""

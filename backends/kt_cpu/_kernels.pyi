@@ -125,6 +125,48 @@ class ExpertLayer:
         grad_weights: int,
     ) -> Ticket: ...
 
+class LinearSpec:
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        has_bias: bool,
+        element: Element,
+        scale: ScaleType,
+        offset: Offset,
+        group: int,
+    ) -> None: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+class LinearLayer:
+    def __init__(self, device: Device, spec: LinearSpec) -> None: ...
+    def load(self, weight: tuple[int, DType, int, int, int, int, int, int], bias: int) -> bool: ...
+    @property
+    def is_loaded(self) -> bool: ...
+    def packed_bytes(self) -> bytes: ...
+    def apply(
+        self,
+        source: int,
+        type: DType,
+        precision: Precision,
+        rows: int,
+        source_stride: int,
+        target: int,
+        /,
+    ) -> None: ...
+    def grad_input(
+        self,
+        source: int,
+        type: DType,
+        precision: Precision,
+        rows: int,
+        source_stride: int,
+        target: int,
+        /,
+    ) -> None: ...
+
 def measure_limits(isa: str, threads: int, buffer_bytes: int) -> tuple[float, float, float]: ...
 def isas() -> list[tuple[str, bool]]: ...
 def select_isa(name: str) -> str: ...

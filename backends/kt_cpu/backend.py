@@ -16,12 +16,14 @@ from kt_core.types import (
     Element,
     Format,
     Limits,
+    LinearSpec,
     MoeSpec,
 )
 from kt_cpu import _kernels
 
 if TYPE_CHECKING:
     from kt_cpu.kernel import CpuExpertKernel
+    from kt_cpu.linear import CpuLinearKernel
 
 FORCE_ISA_VARIABLE = "KT_FORCE_ISA"
 
@@ -80,6 +82,7 @@ class CpuBackend(Backend):
             instruction_set=selected_isa(),
             instruction_sets=tuple(name for name, is_here in _kernels.isas() if is_here),
             trains=True,
+            computes_dense=True,
         )
 
     def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
@@ -117,6 +120,32 @@ class CpuDevice(ExpertDevice):
         precision: ActivationPrecision = ActivationPrecision.AUTO,
     ) -> CpuExpertKernel:
         """See ``ExpertDevice.expert_kernel``."""
+        device = self._check(weight_format, precision)
+        from kt_cpu.kernel import CpuExpertKernel
+
+        return CpuExpertKernel(device, spec, weight_format, precision)
+
+    def linear_bytes(self, spec: LinearSpec, weight_format: Format) -> int:
+        """See ``ExpertDevice.linear_bytes``."""
+        from kt_cpu.linear import linear_spec
+
+        return linear_spec(spec, weight_format).size_bytes
+
+    def linear_kernel(
+        self,
+        spec: LinearSpec,
+        weight_format: Format,
+        *,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> CpuLinearKernel:
+        """See ``ExpertDevice.linear_kernel``."""
+        device = self._check(weight_format, precision)
+        from kt_cpu.linear import CpuLinearKernel
+
+        return CpuLinearKernel(device, spec, weight_format, precision)
+
+    def _check(self, weight_format: Format, precision: ActivationPrecision) -> _kernels.Device:
+        """Return the open device if it computes this format with this precision."""
         if self._device is None:
             msg = "the device is closed"
             raise RuntimeError(msg)
@@ -138,9 +167,7 @@ class CpuDevice(ExpertDevice):
                 f"choose {' or '.join(p.value for p in allowed)}, or auto"
             )
             raise UnsupportedFormatError(msg)
-        from kt_cpu.kernel import CpuExpertKernel
-
-        return CpuExpertKernel(self._device, spec, weight_format, precision)
+        return self._device
 
     def measure_limits(self) -> Limits:
         """See ``ExpertDevice.measure_limits``. The threads are others, of the same number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -13,49 +13,30 @@ from kt_core.interfaces import (
     LoraWeights,
     QuantizedTensor,
     Ticket,
-    stored_parts,
 )
 from kt_core.interfaces.checks import check_grad_out, check_lora
-from kt_core.types import (
-    ELEMENT_BITS,
-    ActivationPrecision,
-    Element,
-    Format,
-    MoeSpec,
-    ScaleType,
-)
+from kt_core.types import ActivationPrecision, Format, MoeSpec
 from kt_cpu import _kernels
-
-_DTYPES = {
-    torch.float32: _kernels.DType.float32,
-    torch.bfloat16: _kernels.DType.bfloat16,
-    torch.float16: _kernels.DType.float16,
-}
-
-_SCALE_TYPES = {
-    ScaleType.BF16: torch.bfloat16,
-    ScaleType.FLOAT16: torch.float16,
-    ScaleType.E8M0: torch.float8_e8m0fnu,
-    ScaleType.E4M3: torch.float8_e4m3fn,
-}
+from kt_cpu.sources import (
+    DTYPES,
+    Source,
+    address,
+    bias_source,
+    check_on_cpu,
+    compute_precision,
+    matrix_source,
+    offset_of,
+    training_precision,
+)
 
 _PROJECTIONS = ("gate", "up", "down")
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-# Address, type, strides of rows and columns in elements, addresses of scales, zero points, minimums
-# and scales of outputs.
-_Source: TypeAlias = tuple[int, _kernels.DType, int, int, int, int, int, int]
 
 
 def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
     """Return what csrc/ must know about a layer."""
     activation = spec.activation
     scale = weight_format.scale.value if weight_format.scale else "none"
-    offset = _kernels.Offset.none
-    if weight_format.has_zero_point:
-        offset = _kernels.Offset.zero_point
-    elif weight_format.has_minimum:
-        offset = _kernels.Offset.minimum
     return _kernels.LayerSpec(
         num_experts=spec.num_experts,
         hidden_size=spec.hidden_size,
@@ -68,7 +49,7 @@ def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
         has_bias=spec.has_bias,
         element=getattr(_kernels.Element, weight_format.element.value),
         scale=getattr(_kernels.ScaleType, scale),
-        offset=offset,
+        offset=offset_of(weight_format),
         group=weight_format.group_size or 0,
     )
 
@@ -88,7 +69,7 @@ class _Pairs(NamedTuple):
         tokens, top_k = self.expert_ids.shape
         return {
             "hidden": self.hidden.data_ptr(),
-            "type": _DTYPES[self.hidden.dtype],
+            "type": DTYPES[self.hidden.dtype],
             "expert_ids": self.expert_ids.data_ptr(),
             "weights": self.weights.data_ptr(),
             "tokens": tokens,
@@ -118,7 +99,7 @@ class _Lora:
                 continue
             dtype = torch.promote_types(a.dtype, b.dtype)
             for side, matrix in (("a", a), ("b", b)):
-                _check_on_cpu(f"{projection}_{side}", matrix)
+                check_on_cpu(f"{projection}_{side}", matrix)
                 self.tensors[f"{projection}_{side}"] = matrix.detach().to(dtype).contiguous()
         self._grads: dict[str, torch.Tensor] = {}
         if with_gradients:
@@ -144,10 +125,10 @@ class _Lora:
         return (
             self.tensors[a].data_ptr(),
             self.tensors[b].data_ptr(),
-            _DTYPES[self.tensors[a].dtype],
+            DTYPES[self.tensors[a].dtype],
             self.tensors[a].shape[1],
-            _address(self._grads.get(a)),
-            _address(self._grads.get(b)),
+            address(self._grads.get(a)),
+            address(self._grads.get(b)),
         )
 
 
@@ -214,18 +195,18 @@ class CpuExpertKernel(ExpertKernel):
         up = self._source("up", weights.up, (inner, hidden))
         down = self._source("down", weights.down, (hidden, inner))
         biases = [
-            _bias("gate_bias", weights.gate_bias, inner),
-            _bias("up_bias", weights.up_bias, inner),
-            _bias("down_bias", weights.down_bias, hidden),
+            bias_source("gate_bias", weights.gate_bias, inner),
+            bias_source("up_bias", weights.up_bias, inner),
+            bias_source("down_bias", weights.down_bias, hidden),
         ]
         bad = self._layer.load(
             expert,
-            gate=gate and gate[0],
-            up=up[0],
-            down=down[0],
-            gate_bias=_address(biases[0]),
-            up_bias=_address(biases[1]),
-            down_bias=_address(biases[2]),
+            gate=gate and gate.addresses,
+            up=up.addresses,
+            down=down.addresses,
+            gate_bias=address(biases[0]),
+            up_bias=address(biases[1]),
+            down_bias=address(biases[2]),
         )
         del gate, up, down  # kept until here: csrc/ reads the tensors behind the addresses
         if bad:
@@ -331,7 +312,7 @@ class CpuExpertKernel(ExpertKernel):
         if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
             msg = f"hidden must be [tokens, {self.spec.hidden_size}], got {tuple(hidden.shape)}"
             raise ValueError(msg)
-        if hidden.dtype not in _DTYPES or hidden.device.type != "cpu":
+        if hidden.dtype not in DTYPES or hidden.device.type != "cpu":
             kind = f"{hidden.dtype} on {hidden.device}"
             msg = f"hidden must be float32, bfloat16 or float16 on the cpu, got {kind}"
             raise ValueError(msg)
@@ -358,20 +339,10 @@ class CpuExpertKernel(ExpertKernel):
         )
 
     def _training_precision(self, dtype: torch.dtype) -> _kernels.Precision:
-        """What a gradient is taken of: where it is our choice, activations are not quantised."""
-        if self._precision is not ActivationPrecision.AUTO:
-            return self._compute_precision(dtype)
-        wide = dtype is torch.float32
-        return _kernels.Precision.float32 if wide else _kernels.Precision.bf16
+        return training_precision(self._precision, self.weight_format, dtype)
 
     def _compute_precision(self, dtype: torch.dtype) -> _kernels.Precision:
-        if self._precision is ActivationPrecision.AUTO:
-            if self.weight_format.element.is_integer:
-                return _kernels.Precision.int8
-            is_exact = self.weight_format.element is Element.BF16 and dtype is torch.float32
-            return _kernels.Precision.float32 if is_exact else _kernels.Precision.bf16
-        named: _kernels.Precision = getattr(_kernels.Precision, self._precision.value)
-        return named
+        return compute_precision(self._precision, self.weight_format, dtype)
 
     def _check_expert(self, expert: int) -> None:
         if not 0 <= expert < self.spec.num_experts:
@@ -393,97 +364,5 @@ class CpuExpertKernel(ExpertKernel):
 
     def _source(
         self, name: str, tensor: torch.Tensor | QuantizedTensor, shape: tuple[int, int]
-    ) -> tuple[_Source, tuple[torch.Tensor, ...]]:
-        """Where csrc/ finds a matrix, and the tensors that must stay alive meanwhile."""
-        if isinstance(tensor, QuantizedTensor):
-            return self._quantized_source(name, tensor, shape)
-        if tuple(tensor.shape) != shape:
-            msg = f"{name} must be {list(shape)}, got {list(tensor.shape)}"
-            raise ValueError(msg)
-        if tensor.dtype not in _DTYPES:
-            msg = f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}"
-            raise ValueError(msg)
-        _check_on_cpu(name, tensor)
-        rows, cols = tensor.stride()
-        source = (tensor.data_ptr(), _DTYPES[tensor.dtype], rows, cols, 0, 0, 0, 0)
-        return source, (tensor,)
-
-    def _quantized_source(
-        self, name: str, tensor: QuantizedTensor, shape: tuple[int, int]
-    ) -> tuple[_Source, tuple[torch.Tensor, ...]]:
-        if tensor.weight_format != self.weight_format:
-            msg = f"{name} is {tensor.weight_format.name!r}, this layer {self.weight_format.name!r}"
-            raise ValueError(msg)
-        if tensor.scales is None:
-            return self._source(name, tensor.codes, shape)
-        addresses: dict[str, int] = {}
-        kept = []
-        for part, want in stored_parts(self.weight_format, *shape).items():
-            value: torch.Tensor | None = getattr(tensor, part)
-            got = None if value is None else (tuple(value.shape), value.dtype)
-            if got != want:
-                msg = f"{part} of {name} must be {_drawn(want)}, got {_drawn(got)}"
-                raise ValueError(msg)
-            if value is None:
-                addresses[part] = 0
-                continue
-            _check_on_cpu(f"{part} of {name}", value)
-            _check_range(f"{part} of {name}", part, value, self.weight_format)
-            kept.append(value.contiguous())
-            addresses[part] = kept[-1].data_ptr()
-        source = (
-            addresses["codes"], _kernels.DType.float32, 0, 0,
-            addresses["scales"], addresses["zero_points"], addresses["minimums"],
-            addresses["output_scales"],
-        )  # fmt: skip
-        return source, tuple(kept)
-
-
-def _bias(name: str, bias: torch.Tensor | None, size: int) -> torch.Tensor | None:
-    if bias is None:
-        return None
-    if tuple(bias.shape) != (size,):
-        msg = f"{name} must be [{size}], got {list(bias.shape)}"
-        raise ValueError(msg)
-    _check_on_cpu(name, bias)
-    stored = bias.to(torch.float32).contiguous()
-    if not torch.isfinite(stored).all():
-        msg = f"{name} holds a NaN or an infinity"
-        raise ValueError(msg)
-    return stored
-
-
-def _check_on_cpu(name: str, tensor: torch.Tensor) -> None:
-    if tensor.device.type != "cpu":
-        msg = f"{name} must be on the cpu, got {tensor.device}"
-        raise ValueError(msg)
-
-
-def _drawn(part: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "absent" if part is None else f"{list(part[0])} {part[1]}"
-
-
-def _check_range(name: str, part: str, values: torch.Tensor, weight_format: Format) -> None:
-    """Refuse what its packed form cannot hold: it would become another number."""
-    if part in {"codes", "zero_points"} and ELEMENT_BITS[weight_format.element] == 4:
-        low, high = (-8, 7) if values.dtype is torch.int8 else (0, 15)
-        # GPTQ stores zero points less one: 16 is what its 15 stands for.
-        high += part == "zero_points"
-        for value in values.aminmax():
-            if not low <= int(value) <= high:
-                msg = f"{name} must be in {low}..{high}, got {int(value)}"
-                raise ValueError(msg)
-    stored_type = _SCALE_TYPES.get(weight_format.scale or ScaleType.FLOAT32)
-    if part in {"scales", "minimums"} and stored_type is not None:
-        stored = values.to(stored_type).float()
-        if weight_format.scale is ScaleType.E4M3:
-            stored = stored.where(stored >= 0, float("nan"))
-        # What is infinite, or becomes it, is refused by csrc/, in the words for NaN.
-        is_checked = torch.isfinite(values) & ~torch.isinf(stored)
-        if not torch.equal(stored[is_checked], values[is_checked]):
-            msg = f"{name} must be numbers of the type {weight_format.scale}"
-            raise ValueError(msg)
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    ) -> Source:
+        return matrix_source(name, tensor, shape, self.weight_format)

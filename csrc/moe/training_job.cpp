@@ -76,8 +76,7 @@ void TrainingJob::PrepareHidden(Range tokens) noexcept {
 }
 
 void TrainingJob::RawGateUp(const PairGroups::Active& active, Range panels) noexcept {
-  uint8_t* unpacked =
-      TrainingThreadScratch(kernels().scratch_bytes(args_.precision, layout().up));
+  uint8_t* unpacked = TrainingThreadScratch(kernels().scratch_bytes(args_.precision, layout().up));
   kernels().gate_up({Weights(active.expert), &layout(), hidden_rows_,
                      pairs_.tokens.data() + active.first, active.count, layer_.spec().activation,
                      Row(buffers_.up, active.first), Row(gate(), active.first), inter_stride_,

@@ -62,8 +62,9 @@ def speed(timing: Timing) -> str:
 def loading(stats: EngineStats) -> str:
     """Describe how the model was loaded."""
     isa = "" if stats.isa is None else f"{stats.isa}, "
+    dense = "" if stats.dense_format == "none" else f", dense layers as {stats.dense_format},"
     return (
-        f"loaded in {stats.load_s:.1f} s as {stats.format} on {stats.device} "
+        f"loaded in {stats.load_s:.1f} s as {stats.format}{dense} on {stats.device} "
         f"({isa}{stats.threads} threads), "
         f"peak {stats.peak_memory_bytes / 1e9:.2f} GB"
     )

@@ -72,6 +72,8 @@ def _devices(registry: Registry, backend: Backend) -> list[dict[str, Any]]:
                 "formats": sorted(f.name for f in formats if capabilities.computes(f)),
                 "isa": capabilities.instruction_set,
                 "isas": list(capabilities.instruction_sets),
+                "trains": capabilities.trains,
+                "computes_dense": capabilities.computes_dense,
             }
         )
     return described

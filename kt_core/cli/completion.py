@@ -28,6 +28,11 @@ def complete_policy(context: typer.Context, incomplete: str) -> list[str]:
     return _starting(incomplete, registry_of(context).policies.names())
 
 
+def complete_dense_format(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the weight formats, and the word for none."""
+    return _starting(incomplete, ("none", *registry_of(context).formats.names()))
+
+
 def complete_device(context: typer.Context, incomplete: str) -> list[str]:
     """Return the devices of every backend that can run here."""
     backends = [b for b in registry_of(context).backends if b.why_unavailable() is None]

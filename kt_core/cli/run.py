@@ -21,6 +21,7 @@ Examples:
 
 * `kt run demo "What is the capital of France?" --temperature 0`
 * `kt run ./Qwen3-30B-A3B --format int4` starts a chat
+* `kt run ./Qwen3-30B-A3B --format int4 --dense-format int8` packs all large layers
 * `kt run demo < question.txt`
 * `kt run demo "Say hello" --json | jq .decode_tokens_per_s`
 """
@@ -38,6 +39,7 @@ def run(
     *,
     weight_format: option.Format = "auto",
     device: option.Device = "auto",
+    dense_format: option.DenseFormat = "none",
     threads: option.Threads = None,
     max_new_tokens: option.MaxNewTokens = 512,
     temperature: option.Temperature = 0.7,
@@ -73,7 +75,12 @@ def run(
         "seed": seed,
         "stop": tuple(stop or ()),
     }
-    where = {"format": weight_format, "device": device, "threads": threads}
+    where = {
+        "format": weight_format,
+        "device": device,
+        "threads": threads,
+        "dense_format": dense_format,
+    }
     if not verbose:
         silence_transformers()
     with _load(context, model, where) as engine:

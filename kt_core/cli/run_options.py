@@ -6,10 +6,15 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from kt_core.cli.completion import complete_device, complete_format, complete_model
+from kt_core.cli.completion import (
+    complete_dense_format,
+    complete_device,
+    complete_format,
+    complete_model,
+)
 from kt_core.cli.output import JSON_HELP
 
-_EXPERTS, _ANSWER, _PROMPT, _OUTPUT = "Experts", "Answer", "Prompt", "Output"
+_EXPERTS, _DENSE, _ANSWER, _PROMPT, _OUTPUT = "Experts", "Dense part", "Answer", "Prompt", "Output"
 # More are a slip of the finger, and every thread costs memory.
 _MAX_THREADS = 1024
 
@@ -64,6 +69,17 @@ Threads: TypeAlias = Annotated[
         "CPU threads; by default one per physical core.",
         min=1,
         max=_MAX_THREADS,
+    ),
+]
+DenseFormat: TypeAlias = Annotated[
+    str,
+    _option(
+        "--dense-format",
+        "NAME",
+        _DENSE,
+        "Pack attention, dense MLPs, shared experts and output head as int8, int4 ... too; "
+        "none: as the checkpoint has them.",
+        autocompletion=complete_dense_format,
     ),
 ]
 MaxNewTokens: TypeAlias = Annotated[

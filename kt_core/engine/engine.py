@@ -15,16 +15,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kt_core import hardware, plugins
 from kt_core.checkpoint import open_checkpoint
 from kt_core.engine.chat import load_tokenizer, prompt_tokens
+from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, read_config, resolve_model
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats
 from kt_core.engine.text_stream import Decoder, TextStream
-from kt_core.errors import InvalidRequestError, TokenizerError
+from kt_core.errors import (
+    InvalidRequestError,
+    TokenizerError,
+    UnsupportedDenseError,
+    UnsupportedFormatError,
+)
 from kt_core.interfaces import ExpertDevice, Progress, no_progress
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision
+from kt_core.types import ActivationPrecision, Capabilities, Format
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +46,7 @@ def load(
     threads: int | None = None,
     dtype: torch.dtype | str = "auto",
     precision: ActivationPrecision | str = ActivationPrecision.AUTO,
+    dense_format: str = "none",
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
@@ -53,6 +60,9 @@ def load(
         threads: Host threads for the experts and for torch; None for one per physical core.
         dtype: Type of the dense part; ``auto`` follows the checkpoint.
         precision: What hidden states become before they meet packed weights.
+        dense_format: Weight format of attention, dense MLPs, shared experts and the output head,
+            which are then computed by the device, too; ``none`` leaves them to torch as the
+            checkpoint has them. Routers, norms and embeddings always stay.
         registry: The plug-ins; None loads the installed ones.
         progress: Told how far loading has come.
 
@@ -66,6 +76,9 @@ def load(
     if format != "auto":
         registry.formats.get(format)  # an unknown name fails before anything is fetched
     backend, device_info = registry.find_device(device)
+    packed = _dense_format(
+        dense_format, registry, backend.capabilities(device_info.name), device_info.name
+    )
     directory = resolve_model(model, registry, progress)
     config_dict = read_config(directory)
     config = model_config(directory, config_dict, registry)
@@ -81,6 +94,7 @@ def load(
             format_name=format,
             precision=chosen_precision,
             progress=progress,
+            dense=DenseLoader(opened, packed, chosen_precision) if packed else None,
         )
         loaded = load_model(directory, config, loader, dtype)
     except BaseException:
@@ -105,6 +119,31 @@ def _precision(precision: ActivationPrecision | str) -> ActivationPrecision:
         known = ", ".join(known.value for known in ActivationPrecision)
         msg = f"precision {precision!r} is unknown; there are: {known}"
         raise InvalidRequestError(msg) from error
+
+
+def _dense_format(
+    name: str, registry: Registry, capabilities: Capabilities, device: str
+) -> Format | None:
+    """Return what dense layers become, before anything is fetched or opened.
+
+    Raises:
+        UnknownNameError: There is no such format.
+        UnsupportedDenseError: The device computes no dense layers.
+        UnsupportedFormatError: The device does not compute them in this format.
+    """
+    if name == "none":
+        return None
+    descriptor = registry.formats.get(name).descriptor
+    if not capabilities.computes_dense:
+        msg = (
+            f"device {device!r} computes no dense layers, only routed experts: leave them to torch "
+            "(--dense-format none), or choose another device; `kt backends` lists them"
+        )
+        raise UnsupportedDenseError(msg)
+    if not capabilities.computes(descriptor):
+        msg = f"device {device!r} computes no dense layers of format {name!r}; see `kt backends`"
+        raise UnsupportedFormatError(msg)
+    return descriptor
 
 
 def _check_threads(threads: int | None) -> None:
@@ -224,6 +263,7 @@ class Engine:
         device = loader.device
         sites = [loaded.site for loaded in loader.sites]
         kernels = [loaded.kernel for loaded in loader.sites]
+        dense = loader.dense
         return EngineStats(
             model=str(self._directory),
             model_type=self.model.config.model_type,
@@ -235,7 +275,10 @@ class Engine:
             placement={device.info.name: sum(site.spec.num_experts for site in sites)},
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
-            dense_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            dense_format=dense.weight_format.name if dense else "none",
+            dense_layers=len(dense.layers) if dense else 0,
+            dense_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters())
+            + (dense.packed_bytes if dense else 0),
             load_s=self._load_s,
             peak_memory_bytes=hardware.process_memory().peak_rss_bytes,
         )

@@ -7,9 +7,10 @@ is read or memory is taken: experts found, shapes right, format possible, room e
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kt_core import hardware
 from kt_core.checkpoint import Checkpoint
 from kt_core.engine import transformers_hook as hook
+from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.model_files import model_class
 from kt_core.engine.sites import find_sites, split_tied
+from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import (
     CheckpointError,
     KtError,
@@ -49,7 +52,7 @@ class LoadedSite:
     """One experts module and where its weights come from."""
 
     site: ExpertsSite
-    tensors: dict[str, hook.ExpertTensors]
+    tensors: dict[str, ExpertTensors]
     kernel: ExpertKernel
 
 
@@ -65,6 +68,7 @@ class ExpertLoader:
         format_name: What the user asked for, ``auto`` included.
         precision: What becomes of the hidden states.
         progress: Told how far it has come.
+        dense: Packs dense layers, too; None where they stay as the checkpoint has them.
     """
 
     checkpoint: Checkpoint
@@ -74,6 +78,7 @@ class ExpertLoader:
     format_name: str
     precision: ActivationPrecision
     progress: Progress
+    dense: DenseLoader | None = None
     weight_format: WeightFormat | None = None
     sites: list[LoadedSite] = field(default_factory=list)
     dense_shapes: dict[str, torch.Size] = field(default_factory=dict)
@@ -90,31 +95,40 @@ class ExpertLoader:
             for site in own
             for name in site.parameters
         }
-        tensors = hook.index_experts(self.checkpoint, model, wanted)
+        dense = self.dense.choose(model, sites) if self.dense else ()
+        sources = find_sources(self.checkpoint, model, {*wanted, *dense})
+        tensors = index_experts(sources, model, wanted)
         _check_tensors(self.checkpoint, model, own, tensors)
+        if self.dense:
+            self.dense.replace(model, sources)
         self.weight_format = self._choose_format(model, own)
         self._replace(model, own, tied, tensors)
         self.dense_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def fill(self) -> None:
-        """Read and pack every expert, in parallel.
+        """Read and pack dense layers, then every expert, in parallel.
 
         Raises:
             CheckpointError: A tensor cannot be read, or holds a NaN or an infinity.
         """
-        tasks = [
-            (loaded, expert)
+        if self.dense:
+            self._run("packed dense layers", self.dense.tasks())
+        experts = [
+            partial(_load_expert, loaded, expert)
             for loaded in self.sites
             for expert in range(loaded.site.spec.num_experts)
         ]
+        self._run("experts", experts)
+
+    def _run(self, stage: str, tasks: Sequence[Callable[[], None]]) -> None:
         with ThreadPoolExecutor(self.device.threads, thread_name_prefix="kt-pack") as pool:
-            pending = {pool.submit(_load_expert, loaded, expert) for loaded, expert in tasks}
+            pending = {pool.submit(task) for task in tasks}
             try:
                 while pending:
                     done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
                     for future in done:
                         future.result()
-                    self.progress("experts", 1 - len(pending) / len(tasks))
+                    self.progress(stage, 1 - len(pending) / len(tasks))
             except BaseException:  # Ctrl-C too: start no more, then let it through
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -138,21 +152,26 @@ class ExpertLoader:
                 f"{self.format_name!r}; it computes: {', '.join(sorted(others))}"
             )
             raise UnsupportedFormatError(msg)
-        dense_bytes = _dense_bytes(model, sites)
+        dense_bytes = _dense_bytes(model, sites) + (self.dense.packed_bytes if self.dense else 0)
         specs = [site.spec for site in sites]
         packed = {
             f.descriptor.name: packed_bytes(specs, f.descriptor, self.device.expert_bytes)
             for f in possible
         }
-        name = first_that_fits(packed, dense_bytes, hardware.available_memory_bytes())
+        available = hardware.available_memory_bytes()
+        name = first_that_fits(packed, dense_bytes, available, smaller=self._smaller_format())
         return self.registry.formats.get(name)
+
+    def _smaller_format(self) -> str:
+        can_pack = self.dense is None and self.device.capabilities.computes_dense
+        return "--format int4" + (", --dense-format int8" if can_pack else "")
 
     def _replace(
         self,
         model: PreTrainedModel,
         own: list[ExpertsSite],
         tied: list[tuple[str, ExpertsSite]],
-        tensors: dict[str, hook.ExpertTensors],
+        tensors: dict[str, ExpertTensors],
     ) -> None:
         assert self.weight_format is not None
         kernels: dict[str, ExpertKernel] = {}
@@ -205,6 +224,8 @@ def load_model(
     loader.checkpoint.close()
     model.requires_grad_(False)
     result: PreTrainedModel = model.eval()
+    if loader.dense:
+        loader.dense.try_out(result)
     return result
 
 
@@ -251,7 +272,7 @@ def _check_tensors(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     sites: list[ExpertsSite],
-    tensors: dict[str, hook.ExpertTensors],
+    tensors: dict[str, ExpertTensors],
 ) -> None:
     """Check types and shapes of every expert from the headers, before anything is read."""
     for site in sites:

@@ -20,7 +20,9 @@ class EngineStats:
         placement: Number of experts by device.
         expert_layers: Layers with routed experts.
         expert_bytes: Bytes of all packed experts.
-        dense_bytes: Bytes of everything else.
+        dense_format: Format of packed dense layers; ``none`` where torch computes them.
+        dense_layers: Number of packed dense layers.
+        dense_bytes: Bytes of everything but the experts, packed or not.
         load_s: Seconds the loading took.
         peak_memory_bytes: Largest resident set of this process so far, mapped files included.
     """
@@ -35,6 +37,8 @@ class EngineStats:
     placement: dict[str, int]
     expert_layers: int
     expert_bytes: int
+    dense_format: str
+    dense_layers: int
     dense_bytes: int
     load_s: float
     peak_memory_bytes: int

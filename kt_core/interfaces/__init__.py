@@ -10,6 +10,7 @@ from kt_core.interfaces.expert_kernel import (
     LoraWeights,
     Ticket,
 )
+from kt_core.interfaces.linear_kernel import LinearKernel
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
 from kt_core.interfaces.named_config import NamedConfig
@@ -33,6 +34,7 @@ __all__ = [
     "ExpertKernel",
     "ExpertWeights",
     "ExpertsSite",
+    "LinearKernel",
     "LoraWeights",
     "ModelAdapter",
     "ModelSource",

@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from kt_core.errors import UnsupportedDenseError
 from kt_core.interfaces.expert_kernel import ExpertKernel
-from kt_core.types import ActivationPrecision, Capabilities, DeviceInfo, Format, Limits, MoeSpec
+from kt_core.interfaces.linear_kernel import LinearKernel
+from kt_core.types import (
+    ActivationPrecision,
+    Capabilities,
+    DeviceInfo,
+    Format,
+    Limits,
+    LinearSpec,
+    MoeSpec,
+)
 
 
 class Backend(ABC):
@@ -88,6 +98,41 @@ class ExpertDevice(ABC):
             kt_core.errors.UnsupportedFormatError: The device cannot compute this format, or not
                 with this precision.
         """
+
+    def linear_bytes(self, spec: LinearSpec, weight_format: Format) -> int:
+        """Bytes of device memory one packed dense layer takes, padding and bias included.
+
+        Raises:
+            kt_core.errors.UnsupportedDenseError: The device computes no dense layers, as by
+                default.
+        """
+        del spec, weight_format
+        raise UnsupportedDenseError(self._why_not_dense())
+
+    def linear_kernel(
+        self,
+        spec: LinearSpec,
+        weight_format: Format,
+        *,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> LinearKernel:
+        """Reserve memory for one dense layer and return the kernel that computes it.
+
+        For a device whose ``Capabilities.computes_dense`` is True; all formats and precisions that
+        its experts have.
+
+        Raises:
+            kt_core.errors.UnsupportedDenseError: As for ``linear_bytes``.
+            kt_core.errors.UnsupportedFormatError: As for ``expert_kernel``.
+        """
+        del spec, weight_format, precision
+        raise UnsupportedDenseError(self._why_not_dense())
+
+    def _why_not_dense(self) -> str:
+        return (
+            f"device {self.info.name!r} computes no dense layers, only routed experts: leave them "
+            "to torch (--dense-format none), or choose another device; `kt backends` lists them"
+        )
 
     def measure_limits(self) -> Limits | None:
         """Measure what no kernel of this device can exceed, with its threads: about a second.

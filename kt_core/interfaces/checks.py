@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kt_core.interfaces.expert_kernel import ExpertWeights, LoraWeights
 from kt_core.interfaces.weight_format import QuantizedTensor, stored_parts
-from kt_core.types import Format, MoeSpec
+from kt_core.types import Format, LinearSpec, MoeSpec
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +49,44 @@ def check_weights(spec: MoeSpec, weight_format: Format, weights: ExpertWeights) 
 
 def check_finite(weights: ExpertWeights) -> None:
     """Refuse a NaN or an infinity among the weights, scales and biases."""
+    for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
+        _check_finite(name, getattr(weights, name))
+
+
+def check_linear(
+    spec: LinearSpec,
+    weight_format: Format,
+    weight: torch.Tensor | QuantizedTensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Refuse parts of a dense layer, as ``check_weights`` does those of an expert."""
+    shape = (spec.out_features, spec.in_features)
+    if isinstance(weight, QuantizedTensor):
+        _check_quantized("weight", weight, weight_format, shape)
+    else:
+        _check_tensor("weight", weight, shape)
+    _check_presence("bias", bias, is_wanted=spec.has_bias)
+    if bias is not None:
+        _check_tensor("bias", bias, (spec.out_features,))
+
+
+def check_linear_finite(weight: torch.Tensor | QuantizedTensor, bias: torch.Tensor | None) -> None:
+    """Refuse a NaN or an infinity, as ``check_finite`` does."""
+    _check_finite("weight", weight)
+    _check_finite("bias", bias)
+
+
+def check_rows(name: str, rows: torch.Tensor, features: int) -> None:
+    """Refuse activations of a dense layer that are not ``[..., features]`` of a type it takes."""
     import torch
 
-    for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
-        value = getattr(weights, name)
-        parts = [value]
-        if isinstance(value, QuantizedTensor):
-            parts = [value.codes] if value.scales is None else [value.scales, value.minimums]
-        if not all(part is None or torch.isfinite(part).all() for part in parts):
-            msg = f"{name} holds a NaN or an infinity"
-            raise ValueError(msg)
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if rows.shape[-1:] != (features,) or rows.dtype not in floats:
+        msg = (
+            f"{name} must be [..., {features}] of float32, bfloat16 or float16, "
+            f"got {list(rows.shape)} of {rows.dtype}"
+        )
+        raise ValueError(msg)
 
 
 def check_pairs(
@@ -144,6 +172,17 @@ def check_lora(spec: MoeSpec, lora: LoraWeights) -> None:
 def _check_presence(name: str, value: object, *, is_wanted: bool) -> None:
     if (value is not None) != is_wanted:
         msg = f"{name} is {'missing' if is_wanted else 'not part of this layer'}"
+        raise ValueError(msg)
+
+
+def _check_finite(name: str, value: torch.Tensor | QuantizedTensor | None) -> None:
+    import torch
+
+    parts = [value]
+    if isinstance(value, QuantizedTensor):
+        parts = [value.codes] if value.scales is None else [value.scales, value.minimums]
+    if not all(part is None or torch.isfinite(part).all() for part in parts):
+        msg = f"{name} holds a NaN or an infinity"
         raise ValueError(msg)
 
 

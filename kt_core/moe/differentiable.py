@@ -1,41 +1,23 @@
 """``kt::moe_experts``: the experts of a layer as one operator that torch traces and differentiates.
 
-Custom operators take tensors and numbers, so a kernel is named by a number. Nothing is kept from
-the forward to the backward pass: gradient checkpointing may run the forward pass twice.
+Nothing is kept from the forward to the backward pass: gradient checkpointing may run the forward
+pass twice.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 
 from kt_core.interfaces import ExpertKernel, LoraWeights
+from kt_core.numbered import Numbered
 
 LORA_NAMES = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
 
-# The one table of the module, because an operator is global and so are the numbers it is given.
-# It keeps no kernel alive: the layer that was given the number does.
-_kernels: WeakValueDictionary[int, ExpertKernel] = WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def number_of(kernel: ExpertKernel) -> int:
-    """Give a kernel a number that ``moe_experts`` takes, as long as the kernel lives."""
-    number = next(_numbers)
-    _kernels[number] = kernel
-    return number
-
-
-def _kernel(number: int) -> ExpertKernel:
-    kernel = _kernels.get(number)
-    if kernel is None:
-        msg = f"the experts numbered {number} are gone: the layer was deleted before its gradient"
-        raise RuntimeError(msg)
-    return kernel
+_kernels: Numbered[ExpertKernel] = Numbered("experts")
+number_of = _kernels.number_of
 
 
 def _lora(scale: float, matrices: Sequence[torch.Tensor | None]) -> LoraWeights | None:
@@ -78,7 +60,7 @@ def moe_experts(  # noqa: PLR0917 - operators are called by position
     """
     lora = _lora(lora_scale, (gate_a, gate_b, up_a, up_b, down_a, down_b))
     tickets = [
-        _kernel(number).submit_training(hidden, ids, weights, lora)
+        _kernels.get(number).submit_training(hidden, ids, weights, lora)
         for number, ids in zip(kernels, expert_ids, strict=True)
     ]
     out = tickets[0].wait()
@@ -115,7 +97,7 @@ def moe_experts_backward(  # noqa: PLR0917 - as above
     lora = _lora(lora_scale, (gate_a, gate_b, up_a, up_b, down_a, down_b))
     total: list[torch.Tensor] = []
     for number, ids in zip(kernels, expert_ids, strict=True):
-        found = _kernel(number).backward(hidden, ids, weights, grad_out, lora)
+        found = _kernels.get(number).backward(hidden, ids, weights, grad_out, lora)
         grads = [found.hidden, found.weights]
         if found.lora is not None:
             matrices = (getattr(found.lora, name) for name in LORA_NAMES)

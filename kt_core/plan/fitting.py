@@ -28,13 +28,20 @@ def packed_bytes(specs: Iterable[MoeSpec], weight_format: Format, expert_bytes: 
     return sum(spec.num_experts * expert_bytes(spec, weight_format) for spec in specs)
 
 
-def first_that_fits(packed: Mapping[str, int], dense_bytes: int, available_bytes: int) -> str:
+def first_that_fits(
+    packed: Mapping[str, int],
+    dense_bytes: int,
+    available_bytes: int,
+    *,
+    smaller: str = "--format int4",
+) -> str:
     """Return the first format whose experts fit into host memory beside the dense part.
 
     Args:
         packed: Bytes of all packed experts, by format, best first.
         dense_bytes: Of everything else.
         available_bytes: Host memory there is.
+        smaller: Options that would make the model smaller, for the message.
 
     Raises:
         NotEnoughMemoryError: None fits; the message says what each needs.
@@ -47,6 +54,6 @@ def first_that_fits(packed: Mapping[str, int], dense_bytes: int, available_bytes
     msg = (
         f"not enough memory: the model needs {sizes} ({dense_bytes / 1e9:.2f} GB of it for the "
         f"dense part), {available_bytes / 1e9:.2f} GB are available. "
-        "Close other programs, or choose a smaller format (--format int4)."
+        f"Close other programs, or choose a smaller format ({smaller})."
     )
     raise NotEnoughMemoryError(msg)

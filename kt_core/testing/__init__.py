@@ -17,6 +17,7 @@ import pytest
 # So that a failed assertion shows its values, and holds under `python -O` too.
 pytest.register_assert_rewrite(
     "kt_core.testing.backend",
+    "kt_core.testing.backend_dense",
     "kt_core.testing.backend_harness",
     "kt_core.testing.backend_numbers",
     "kt_core.testing.backend_rules",
@@ -37,6 +38,7 @@ from kt_core.testing.reference_kernel import (  # noqa: E402
     ReferenceDevice,
     ReferenceKernel,
 )
+from kt_core.testing.reference_linear import ReferenceLinear  # noqa: E402
 from kt_core.testing.weight_format import WeightFormatContract  # noqa: E402
 
 __all__ = [
@@ -49,5 +51,6 @@ __all__ = [
     "ReferenceBackend",
     "ReferenceDevice",
     "ReferenceKernel",
+    "ReferenceLinear",
     "WeightFormatContract",
 ]

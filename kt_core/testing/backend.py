@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kt_core.errors import UnsupportedFormatError
+from kt_core.testing.backend_dense import BackendDense
 from kt_core.testing.backend_harness import SPEC, BackendHarness, precisions
 from kt_core.testing.backend_numbers import BackendNumbers
 from kt_core.testing.backend_rules import LoadingRules, SubmittingRules
@@ -91,7 +92,9 @@ class BackendFacts(BackendHarness):
             )
 
 
-class BackendContract(BackendFacts, BackendNumbers, BackendTraining, LoadingRules, SubmittingRules):
+class BackendContract(
+    BackendFacts, BackendNumbers, BackendTraining, LoadingRules, SubmittingRules, BackendDense
+):
     """What every backend must do. Subclass it in a test file and name the backend::
 
         class TestMyBackend(BackendContract):

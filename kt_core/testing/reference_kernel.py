@@ -21,6 +21,7 @@ from kt_core.interfaces import (
     ExpertGradients,
     ExpertKernel,
     ExpertWeights,
+    LinearKernel,
     LoraWeights,
     Ticket,
     WeightFormat,
@@ -36,12 +37,13 @@ from kt_core.interfaces.checks import (
 )
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import backward_reference, reference
+from kt_core.testing.reference_linear import ReferenceLinear, linear_bytes, named_precision
 from kt_core.types import (
     ActivationPrecision,
     Capabilities,
     DeviceInfo,
-    Element,
     Format,
+    LinearSpec,
     MoeSpec,
 )
 
@@ -250,7 +252,8 @@ class ReferenceBackend(Backend):
     def capabilities(self, device: str) -> Capabilities:
         """See ``Backend.capabilities``."""
         del device
-        return Capabilities(formats=frozenset(f.name for f in self._formats), trains=True)
+        names = frozenset(f.name for f in self._formats)
+        return Capabilities(formats=names, trains=True, computes_dense=True)
 
     def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
         """See ``Backend.open``; there is one thread, the caller's."""
@@ -263,6 +266,7 @@ class ReferenceDevice(ExpertDevice):
 
     threads = 1
     kernel_class: type[ReferenceKernel] = ReferenceKernel
+    linear_class: type[ReferenceLinear] = ReferenceLinear
 
     def __init__(
         self, info: DeviceInfo, capabilities: Capabilities, formats: Mapping[Format, WeightFormat]
@@ -285,13 +289,31 @@ class ReferenceDevice(ExpertDevice):
         precision: ActivationPrecision = ActivationPrecision.AUTO,
     ) -> ExpertKernel:
         """See ``ExpertDevice.expert_kernel``."""
+        return self.kernel_class(spec, self._known(weight_format, precision), precision)
+
+    def linear_bytes(self, spec: LinearSpec, weight_format: Format) -> int:
+        """See ``ExpertDevice.linear_bytes``."""
+        del weight_format
+        return linear_bytes(spec)
+
+    def linear_kernel(
+        self,
+        spec: LinearSpec,
+        weight_format: Format,
+        *,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> LinearKernel:
+        """See ``ExpertDevice.linear_kernel``."""
+        return self.linear_class(spec, self._known(weight_format, precision), precision)
+
+    def _known(self, weight_format: Format, precision: ActivationPrecision) -> WeightFormat:
         if weight_format not in self._formats:
             msg = f"the reference was not given format {weight_format.name!r}"
             raise UnsupportedFormatError(msg)
         if precision not in _precisions(weight_format):
             msg = f"format {weight_format.name!r} has no {precision.value} activations"
             raise UnsupportedFormatError(msg)
-        return self.kernel_class(spec, self._formats[weight_format], precision)
+        return self._formats[weight_format]
 
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""
@@ -311,18 +333,6 @@ def expert_bytes(spec: MoeSpec) -> int:
     inner = spec.intermediate_size * (2 if spec.activation.is_gated else 1)
     biases = inner + spec.hidden_size if spec.has_bias else 0
     return 8 * (spec.weights_per_expert + biases)
-
-
-def named_precision(
-    precision: ActivationPrecision, weight_format: Format, hidden_type: torch.dtype
-) -> ActivationPrecision:
-    """Return the precision that ``AUTO`` stands for, or the one that was named."""
-    if precision is not ActivationPrecision.AUTO:
-        return precision
-    if weight_format.element.is_integer:
-        return ActivationPrecision.INT8
-    is_exact = weight_format.element is Element.BF16 and hidden_type is not torch.bfloat16
-    return ActivationPrecision.FLOAT32 if is_exact else ActivationPrecision.BF16
 
 
 def _precisions(weight_format: Format) -> frozenset[ActivationPrecision]:

@@ -202,6 +202,10 @@ def test_not_enough_memory(kt: Kt, stories: Path, monkeypatch: pytest.MonkeyPatc
     assert "0.30 GB are available" in message
 
 
+def test_unknown_dense_format(kt: Kt, stories: Path) -> None:
+    kt("run", stories, "hi", "--dense-format", "int5", *QUICK).fails("'int5'", "int8")
+
+
 def test_advice_for_too_little_memory(
     kt: Kt, stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_doctor(kt: Kt) -> None:
     (cpu,) = [backend for backend in report["backends"] if backend["name"] == "cpu"]
     assert cpu["available"] is True
     assert cpu["devices"][0]["isa"] in cpu["devices"][0]["isas"]
+    assert cpu["devices"][0]["computes_dense"] is True
     assert report["versions"]["kt"] == version("kt-core")
     assert f"ready: cpu with {cpu['devices'][0]['isa']}" in kt("doctor").succeeds()
 

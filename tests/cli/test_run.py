@@ -64,6 +64,21 @@ def test_json(kt: Kt, stories: Path) -> None:
     assert answer.err == ""  # the statistics are in the JSON
 
 
+def test_dense_format(kt: Kt, stories: Path) -> None:
+    """bf16 holds the weights of this model exactly: the same answer, computed by other code."""
+    plain = kt("run", stories, "Once upon a time", *GREEDY)
+    packed = kt("run", stories, "Once upon a time", *GREEDY, "--dense-format", "bf16")
+    assert packed.succeeds() == plain.succeeds()
+    assert "as bf16, dense layers as bf16, on cpu" in packed.err
+    reports = [
+        json.loads(kt("run", stories, "Once", *GREEDY, "--json", "--dense-format", name).succeeds())
+        for name in ("none", "int8")
+    ]
+    assert [report["dense_format"] for report in reports] == ["none", "int8"]
+    assert reports[0]["dense_layers"] == 0 < reports[1]["dense_layers"]
+    assert reports[1]["dense_bytes"] < reports[0]["dense_bytes"]
+
+
 def test_same_answer_in_json_and_as_text(kt: Kt, stories: Path) -> None:
     text = kt("run", stories, "Once upon a time", *GREEDY).succeeds()
     report = json.loads(kt("run", stories, "Once upon a time", *GREEDY, "--json").succeeds())

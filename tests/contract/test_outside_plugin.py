@@ -68,9 +68,14 @@ def test_its_own_tests_pass(environment: Path, tmp_path: Path) -> None:
     for name in ("pyproject.toml", "tests"):  # without the package: that must come from the wheel
         source = EXAMPLE / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    output = _python(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
+    output = _python(
+        environment, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", cwd=tmp_path
+    )
     assert " passed" in output
-    assert "skipped" not in output
+    # What it says it cannot do, and nothing else.
+    skipped = [line for line in output.splitlines() if line.startswith("SKIPPED")]
+    allowed = ("does not train", "computes no dense layers")
+    assert all(any(reason in line for reason in allowed) for line in skipped), skipped
 
 
 def test_kt_lists_it(environment: Path) -> None:

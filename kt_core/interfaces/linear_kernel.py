@@ -1,0 +1,106 @@
+"""A packed dense layer on one device: ``torch.nn.Linear`` for weights of any format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from kt_core.errors import UnsupportedTrainingError
+from kt_core.interfaces.weight_format import QuantizedTensor
+from kt_core.types import Format, LinearSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LinearKernel(ABC):
+    """One packed matrix and its bias; computes when it is asked to.
+
+    Activations may be bfloat16, float16 or float32 and have any strides and any leading dimensions;
+    a result has their type and leading dimensions. Different kernels of a device may be loaded by
+    several threads at once; everything else is called from one thread at a time.
+
+    Attributes:
+        spec: Shape of the layer.
+        weight_format: How the weights are stored.
+        trains: Whether ``apply_training`` and ``grad_input`` can be called. As the device's
+            ``Capabilities.trains``.
+    """
+
+    spec: LinearSpec
+    weight_format: Format
+    trains: bool = False
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """Bytes of device memory the packed layer takes."""
+
+    @property
+    @abstractmethod
+    def is_loaded(self) -> bool:
+        """Whether there are weights to compute with."""
+
+    @abstractmethod
+    def load(
+        self, weight: torch.Tensor | QuantizedTensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """Quantise (where the weights are dense) and pack the layer.
+
+        Loading again replaces it; after an error nothing is loaded. The tensors are not kept.
+
+        Args:
+            weight: ``[out_features, in_features]``; a dense tensor may have any strides.
+            bias: ``[out_features]``; given if and only if ``spec.has_bias``.
+
+        Raises:
+            ValueError: A shape or type does not fit ``spec``, a quantised tensor has another
+                format, or a number is NaN or infinite.
+        """
+
+    @abstractmethod
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x W^T + b``, ``[..., out_features]``, when it is computed.
+
+        Args:
+            x: ``[..., in_features]``, any number of rows, 0 included.
+
+        Raises:
+            ValueError: A shape or type is wrong, or nothing is loaded.
+        """
+
+    def apply_training(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute what ``grad_input`` differentiates.
+
+        As ``apply``, but may use more precise activations where the precision is the device's own
+        choice.
+
+        Raises:
+            ValueError: As for ``apply``.
+            UnsupportedTrainingError: ``trains`` is False.
+        """
+        del x
+        raise UnsupportedTrainingError(self._why_untrainable())
+
+    def grad_input(self, grad_out: torch.Tensor) -> torch.Tensor:
+        """Return the gradient ``grad_out W`` of the input, ``[..., in_features]``.
+
+        The packed weights themselves are frozen. Called from within an operator, where torch's own
+        autograd does not record.
+
+        Args:
+            grad_out: Gradient of the output, ``[..., out_features]``.
+
+        Raises:
+            ValueError: A shape or type is wrong, or nothing is loaded.
+            UnsupportedTrainingError: ``trains`` is False.
+        """
+        del grad_out
+        raise UnsupportedTrainingError(self._why_untrainable())
+
+    def _why_untrainable(self) -> str:
+        return (
+            f"{type(self).__name__} has no gradient for dense layers of "
+            f"{self.weight_format.name!r}: use torch.no_grad(), or a device whose capabilities say "
+            "that it trains"
+        )
