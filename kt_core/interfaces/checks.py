@@ -178,9 +178,11 @@ def _check_presence(name: str, value: object, *, is_wanted: bool) -> None:
 def _check_finite(name: str, value: torch.Tensor | QuantizedTensor | None) -> None:
     import torch
 
-    parts = [value]
+    parts: list[torch.Tensor | None]
     if isinstance(value, QuantizedTensor):
         parts = [value.codes] if value.scales is None else [value.scales, value.minimums]
+    else:
+        parts = [value]
     if not all(part is None or torch.isfinite(part).all() for part in parts):
         msg = f"{name} holds a NaN or an infinity"
         raise ValueError(msg)

@@ -172,7 +172,7 @@ def take_codes(raw: Bytes, weight_format: Format, cols: int) -> NDArray[np.int32
         case Element.BF16:
             lanes = raw.take(cols * 16, "<u2").reshape(-1, 16, 2).astype(np.int32)
         case Element.INT8:
-            lanes = raw.take(cols * 16, "i1").reshape(-1, 16, 4).astype(np.int32)
+            lanes = raw.take(cols * 16, "u1").reshape(-1, 16, 4).astype(np.int32) - 128
         case Element.INT4:
             pairs = raw.take(cols * 8, "u1").reshape(-1, 16, 4).astype(np.int32)
             lanes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
