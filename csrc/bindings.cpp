@@ -297,6 +297,9 @@ PYBIND11_MODULE(_kernels, m) {
     return kt::BindPagesToNode(Pointer<void>(base), bytes, node, is_strict);
   });
   m.def(
+      "why_not_bound", [](int node) { return Refusal(kt::TryToBind(node)); },
+      "Why memory cannot be bound to the node, in the system's words; '' if it can.");
+  m.def(
       "nodes_of_pages",
       [](uintptr_t base, size_t bytes) {
         return kt::NodesOfPages(Pointer<const void>(base), bytes);

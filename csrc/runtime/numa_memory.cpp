@@ -30,6 +30,11 @@ int BindPagesToNode(void* base, size_t bytes, int node, bool is_strict) {
   return result == 0 ? 0 : errno;
 }
 
+int TryToBind(int node) {
+  const ExpertMemory page(1, PageBytes());
+  return BindPagesToNode(page.At(0), page.bytes(), node, true);
+}
+
 std::vector<int> NodesOfPages(const void* base, size_t bytes) {
   const size_t page = PageBytes();
   const uintptr_t first = reinterpret_cast<uintptr_t>(base) / page * page;

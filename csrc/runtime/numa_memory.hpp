@@ -17,6 +17,9 @@ using BindPages = std::function<int(void* base, size_t bytes, int node, bool is_
 // The one that asks Linux: mbind(2), which container runtimes may forbid.
 int BindPagesToNode(void* base, size_t bytes, int node, bool is_strict);
 
+// Whether it would work, for one page. Returns 0 or an errno.
+int TryToBind(int node);
+
 // The node of each page of the range, by move_pages(2); -ENOENT for a page that nobody touched.
 // Throws std::system_error where the kernel does not say.
 std::vector<int> NodesOfPages(const void* base, size_t bytes);
