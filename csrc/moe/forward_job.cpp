@@ -34,7 +34,11 @@ uint8_t* ThreadScratch(size_t bytes) {
 }  // namespace
 
 ForwardJob::ForwardJob(ExpertLayer& layer, const ForwardArgs& args)
-    : layer_(layer), args_(args), scratch_pool_(layer.scratch_), scratch_(scratch_pool_->Take()) {
+    : layer_(layer),
+      args_(args),
+      scratch_pool_(layer.scratch_),
+      scratch_(scratch_pool_->Take()),
+      num_parts_(layer.parts_.size()) {
   GroupPairs();
   SizeScratch();
   CutIntoChunks();
@@ -129,11 +133,11 @@ size_t ForwardJob::GateUpUnit(const LayerPart& part, size_t chunk) const {
 }
 
 size_t ForwardJob::Chunks(size_t phase) const {
-  return IsByPart(phase) ? layer_.parts_.size() * chunks_[phase] : chunks_[phase];
+  return IsByPart(phase) ? num_parts_ * chunks_[phase] : chunks_[phase];
 }
 
 size_t ForwardJob::FirstChunk(size_t phase, size_t node) const {
-  return IsByPart(phase) ? std::min(node, layer_.parts_.size()) * chunks_[phase]
+  return IsByPart(phase) ? std::min(node, num_parts_) * chunks_[phase]
                          : Job::FirstChunk(phase, node);
 }
 

@@ -31,9 +31,11 @@ class ForwardJob : public Job {
 
   ExpertLayer& layer_;
   ForwardArgs args_;
-  // Of its own: a worker may be the last to let go of a job, after the layer is gone.
+  // Of its own: a worker may be the last to let go of a job, after the layer is gone. Such a worker
+  // also asks for the number of chunks.
   std::shared_ptr<ScratchPool> scratch_pool_;
   std::unique_ptr<Scratch> scratch_;
+  size_t num_parts_;
   ActivationRows hidden_rows_, inter_rows_;
   size_t inter_stride_;
   size_t unit_cost_;  // of gate and up: one unit of every active expert

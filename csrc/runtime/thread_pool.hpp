@@ -20,6 +20,7 @@ class Job {
   static constexpr size_t kMaxPhases = 6;
 
   virtual ~Job() = default;
+  // These three are also called when the job is done, by workers that come late.
   virtual size_t Phases() const = 0;
   // Called after the phases before it are done.
   virtual size_t Chunks(size_t phase) const = 0;

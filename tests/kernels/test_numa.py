@@ -402,3 +402,18 @@ def test_a_node_that_is_not_there_is_refused() -> None:
     assert _kernels.why_not_bound(1023) != ""
     assert _kernels.why_not_bound(-1) == "Invalid argument"
     assert _kernels.bind_pages(mmap.PAGESIZE + 1, mmap.PAGESIZE, 0, True) != 0
+
+
+def test_layers_come_and_go_under_busy_threads(alone: CpuDevice) -> None:
+    """A worker may come to a job when it is done and its layer is gone."""
+    call = arguments(SPEC, 5)
+    want = loaded(alone, FORMATS["int8"]).submit(*call).wait()
+    hidden, ids, weights = call
+    with open_device(made_up([2] * 8)) as device:
+        kept = loaded(device, FORMATS["int8"])
+        for index in range(100):
+            passing = device.expert_kernel(SPEC, FORMATS["int8"].descriptor)
+            passing.load(0, reference.random_weights(SPEC, torch.Generator().manual_seed(index)))
+            passing.submit(hidden, ids.clamp(max=0), weights).wait()
+            del passing
+            assert torch.equal(kept.submit(*call).wait(), want)
