@@ -13,6 +13,7 @@ import logging
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ PRECISIONS = [
 
 
 @pytest.mark.parametrize(("weight_format", "precision"), PRECISIONS)
-@pytest.mark.parametrize("tokens", [1, 19, 130])
+@pytest.mark.parametrize("tokens", [1, 40])
 def test_sums_are_those_of_one_node(
     alone: CpuDevice,
     split: CpuDevice,
@@ -278,11 +279,10 @@ def test_training_matches_the_reference(
         assert torch.equal(*alike)
 
 
-@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("tokens", [1, 70])
 @pytest.mark.parametrize("name", ["bf16", "int4-g64-asym", "fp8-channel"])
 def test_gradients_of_other_formats(split: CpuDevice, name: str, tokens: int) -> None:
     weight_format = FORMATS[name]
-    kernel = loaded(split, weight_format)
     generator = torch.Generator().manual_seed(1)
     experts = {e: reference.random_weights(SPEC, generator) for e in range(SPEC.num_experts)}
     hidden, ids, weights = arguments(SPEC, tokens)
@@ -328,7 +328,7 @@ def test_each_part_is_bound_to_its_node(nodes: int) -> None:
             spans.append((base, base + size))
         assert len(spans) == nodes
         spans.sort()
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 def test_one_node_is_not_bound() -> None:

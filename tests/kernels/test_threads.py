@@ -1,4 +1,4 @@
-"""Where the threads of a pool run, and that they are out of the way when they have nothing to do."""
+"""Where the threads of a pool run, and that idle ones are out of the way."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""Which threads run where: on machines that were made up."""
+"""Which threads run where, and what the backend says of it: on machines that were made up."""
 
 from __future__ import annotations
 
 import pytest
 
-from kt_core.hardware import Cpu, NumaNode
+from kt_core import hardware
+from kt_core.errors import BackendUnavailableError
+from kt_core.hardware import Cpu, Hardware, Memory, NumaNode
+from kt_cpu import CpuBackend, _kernels
 from kt_cpu.topology import (
     MOST_NODES,
     Node,
@@ -124,3 +127,54 @@ def test_no_memory_anywhere_is_one_node() -> None:
 def test_more_nodes_than_csrc_counts() -> None:
     nodes = MOST_NODES + 1
     assert plan(machine(*((n, 1) for n in range(nodes))), nodes) == flat_topology(nodes)
+
+
+# ---------------------------------------------------------------- the backend
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(total_bytes=2 * GIB, available_bytes=2 * GIB, cgroup_limit_bytes=None)
+    found = Hardware(cpu=machine((0, 1), (1, 1)), memory=memory, accelerators=())
+    monkeypatch.setattr(hardware, "detect", lambda **_: found)
+    monkeypatch.delenv("KT_NUMA", raising=False)
+
+
+def remarks() -> tuple[str, ...]:
+    (device,) = CpuBackend().devices()
+    return device.remarks
+
+
+def test_nothing_to_remark_where_memory_can_be_bound(
+    two_nodes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del two_nodes
+    monkeypatch.setattr(_kernels, "why_not_bound", lambda _: "")
+    assert remarks() == ()
+
+
+def test_a_refusal_is_remarked_before_anything_is_opened(
+    two_nodes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del two_nodes
+    monkeypatch.setattr(_kernels, "why_not_bound", lambda _: "Operation not permitted")
+    (remark,) = remarks()
+    assert "(Operation not permitted)" in remark
+    assert "add the capability SYS_NICE" in remark
+
+
+def test_numa_switched_off_is_remarked(two_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    del two_nodes
+    monkeypatch.setenv("KT_NUMA", "off")
+    assert remarks() == ("KT_NUMA=off: experts lie anywhere on 2 NUMA nodes",)
+    assert CpuBackend().why_unavailable() is None
+
+
+def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_NUMA", "of")
+    backend = CpuBackend()
+    assert backend.why_unavailable() == (
+        "KT_NUMA=of is unknown; set it to auto or off, or not at all"
+    )
+    with pytest.raises(BackendUnavailableError, match="KT_NUMA=of is unknown"):
+        backend.open("cpu")
