@@ -159,6 +159,34 @@ void BindSpec(py::module_& m) {
                              [](const kt::LayerSpec& s) { return kt::LayoutOf(s).bytes; });
 }
 
+void BindDevice(py::module_& m) {
+  m.def("bind_pages", [](uintptr_t base, size_t bytes, int node, bool is_strict) {
+    return kt::BindPagesToNode(Pointer<void>(base), bytes, node, is_strict);
+  });
+  m.def(
+      "why_not_bound", [](int node) { return Refusal(kt::TryToBind(node)); },
+      "Why memory cannot be bound to the node, in the system's words; '' if it can.");
+  m.def(
+      "nodes_of_pages",
+      [](uintptr_t base, size_t bytes) {
+        return kt::NodesOfPages(Pointer<const void>(base), bytes);
+      },
+      "The node of every page of a range, or a negative errno.");
+
+  py::class_<Device>(m, "Device")
+      .def(py::init([](const std::string& isa, size_t threads) {
+             return MakeDevice(isa, kt::FlatTopology(threads), kt::BindPagesToNode);
+           }),
+           py::arg("isa"), py::arg("threads"))
+      .def(py::init(&MakeDeviceOnNodes), py::arg("isa"), py::arg("nodes"), py::arg("threads"),
+           py::arg("bind") = nullptr)
+      .def_property_readonly("isa", [](const Device& d) { return std::string(d.isa.name); })
+      .def_property_readonly("pin_refusal",
+                             [](const Device& d) { return Refusal(d.pool->refusal()); })
+      .def_property_readonly("bind_refusal",
+                             [](const Device& d) { return Refusal(d.binder->refusal()); });
+}
+
 void BindLayer(py::module_& m) {
   py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket").def("wait", &Ticket::Wait);
 
@@ -293,30 +321,6 @@ PYBIND11_MODULE(_kernels, m) {
       py::arg("isa"), py::arg("threads"), py::arg("buffer_bytes"),
       "Bytes read per second, int8 operations per second, bf16 operations per second.");
 
-  m.def("bind_pages", [](uintptr_t base, size_t bytes, int node, bool is_strict) {
-    return kt::BindPagesToNode(Pointer<void>(base), bytes, node, is_strict);
-  });
-  m.def(
-      "why_not_bound", [](int node) { return Refusal(kt::TryToBind(node)); },
-      "Why memory cannot be bound to the node, in the system's words; '' if it can.");
-  m.def(
-      "nodes_of_pages",
-      [](uintptr_t base, size_t bytes) {
-        return kt::NodesOfPages(Pointer<const void>(base), bytes);
-      },
-      "The node of every page of a range, or a negative errno.");
-
-  py::class_<Device>(m, "Device")
-      .def(py::init([](const std::string& isa, size_t threads) {
-             return MakeDevice(isa, kt::FlatTopology(threads), kt::BindPagesToNode);
-           }),
-           py::arg("isa"), py::arg("threads"))
-      .def(py::init(&MakeDeviceOnNodes), py::arg("isa"), py::arg("nodes"), py::arg("threads"),
-           py::arg("bind") = nullptr)
-      .def_property_readonly("isa", [](const Device& d) { return std::string(d.isa.name); })
-      .def_property_readonly("pin_refusal",
-                             [](const Device& d) { return Refusal(d.pool->refusal()); })
-      .def_property_readonly("bind_refusal",
-                             [](const Device& d) { return Refusal(d.binder->refusal()); });
+  BindDevice(m);
   BindLayer(m);
 }

@@ -83,7 +83,7 @@ def _show(report: dict[str, Any]) -> None:
         rows.add_row(f"backend {backend['name']}", _state(backend))
         for device in backend["devices"]:
             for remark in device["remarks"]:
-                rows.add_row("", f"{device['name']}: {remark}")
+                rows.add_row("remark", f"{device['name']}: {remark}")
     rows.add_row("versions", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))
     show(rows)
 
