@@ -1,8 +1,10 @@
 // Python's way in: converts arguments, checks what C++ cannot recover from, releases the GIL.
 // Tensors arrive as addresses, so that nothing here depends on torch's C++ interface.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -23,12 +25,39 @@ T* Pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Owned by one engine: its threads, its scratch, its ISA.
+// Owned by one engine: its threads, its scratch, its nodes, its ISA.
 struct Device {
   const kt::Isa& isa;
   std::shared_ptr<kt::ThreadPool> pool;
   std::shared_ptr<kt::ScratchPool> scratch;
+  std::shared_ptr<kt::NodeBinder> binder;
 };
+
+Device MakeDevice(const std::string& isa, const kt::Topology& topology, kt::BindPages bind) {
+  return {kt::SelectIsa(isa), std::make_shared<kt::ThreadPool>(topology),
+          std::make_shared<kt::ScratchPool>(),
+          std::make_shared<kt::NodeBinder>(topology.nodes, std::move(bind))};
+}
+
+// (id, processors, bytes to bind) of each node; (place among the nodes, processors) of each thread.
+using NodeFields = std::tuple<int, std::vector<int>, size_t>;
+using ThreadFields = std::pair<size_t, std::vector<int>>;
+// As kt::BindPages, over addresses.
+using Bind = std::function<int(uintptr_t base, size_t bytes, int node, bool is_strict)>;
+
+Device MakeDeviceOnNodes(const std::string& isa, const std::vector<NodeFields>& nodes,
+                         const std::vector<ThreadFields>& threads, const Bind& bind) {
+  kt::Topology topology;
+  for (const auto& [id, cpus, bytes] : nodes) topology.nodes.push_back({id, cpus, bytes});
+  for (const auto& [node, cpus] : threads) topology.threads.push_back({node, cpus});
+  if (!bind) return MakeDevice(isa, topology, kt::BindPagesToNode);
+  return MakeDevice(isa, topology, [bind](void* base, size_t bytes, int node, bool is_strict) {
+    return bind(reinterpret_cast<uintptr_t>(base), bytes, node, is_strict);
+  });
+}
+
+// What a person may wonder about: the system's words, or nothing.
+std::string Refusal(int error) { return error == 0 ? std::string() : std::strerror(error); }
 
 struct Ticket {
   std::shared_ptr<kt::ExpertLayer> layer;  // outlives the job
@@ -136,13 +165,41 @@ void BindSpec(py::module_& m) {
                              [](const kt::LayerSpec& s) { return kt::LayoutOf(s).bytes; });
 }
 
+void BindDevice(py::module_& m) {
+  m.def("bind_pages", [](uintptr_t base, size_t bytes, int node, bool is_strict) {
+    return kt::BindPagesToNode(Pointer<void>(base), bytes, node, is_strict);
+  });
+  m.def(
+      "why_not_bound", [](int node) { return Refusal(kt::TryToBind(node)); },
+      "Why memory cannot be bound to the node, in the system's words; '' if it can.");
+  m.def(
+      "nodes_of_pages",
+      [](uintptr_t base, size_t bytes) {
+        return kt::NodesOfPages(Pointer<const void>(base), bytes);
+      },
+      "The node of every page of a range, or a negative errno.");
+
+  py::class_<Device>(m, "Device")
+      .def(py::init([](const std::string& isa, size_t threads) {
+             return MakeDevice(isa, kt::FlatTopology(threads), kt::BindPagesToNode);
+           }),
+           py::arg("isa"), py::arg("threads"))
+      .def(py::init(&MakeDeviceOnNodes), py::arg("isa"), py::arg("nodes"), py::arg("threads"),
+           py::arg("bind") = nullptr)
+      .def_property_readonly("isa", [](const Device& d) { return std::string(d.isa.name); })
+      .def_property_readonly("pin_refusal",
+                             [](const Device& d) { return Refusal(d.pool->refusal()); })
+      .def_property_readonly("bind_refusal",
+                             [](const Device& d) { return Refusal(d.binder->refusal()); });
+}
+
 void BindLayer(py::module_& m) {
   py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket").def("wait", &Ticket::Wait);
 
   py::class_<kt::ExpertLayer, std::shared_ptr<kt::ExpertLayer>>(m, "ExpertLayer")
       .def(py::init([](const Device& device, const kt::LayerSpec& spec) {
              return std::make_shared<kt::ExpertLayer>(spec, *device.isa.kernels, device.pool,
-                                                      device.scratch);
+                                                      device.scratch, device.binder);
            }),
            py::arg("device"), py::arg("spec"))
       .def(
@@ -167,9 +224,19 @@ void BindLayer(py::module_& m) {
           "Pack one expert; return the projection that is not finite, or ''.")
       .def("unload", &kt::ExpertLayer::Unload)
       .def("is_resident", &kt::ExpertLayer::IsResident)
+      .def(
+          "parts",
+          [](const kt::ExpertLayer& layer, size_t expert) {
+            std::vector<std::tuple<size_t, size_t, uintptr_t, size_t>> parts;
+            for (const kt::LayerPart& part : layer.parts())
+              parts.emplace_back(part.layout.up.rows, part.layout.down.rows,
+                                 reinterpret_cast<uintptr_t>(part.At(expert)), part.layout.bytes);
+            return parts;
+          },
+          "Of each node: outputs of gate and up, outputs of down, address and size.")
       .def("packed_bytes",
            [](const kt::ExpertLayer& layer, size_t expert) {
-             const auto bytes = layer.Bytes(expert);
+             const std::vector<uint8_t> bytes = layer.Bytes(expert);
              return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
            })
       .def(
@@ -305,13 +372,7 @@ PYBIND11_MODULE(_kernels, m) {
       py::arg("isa"), py::arg("threads"), py::arg("buffer_bytes"),
       "Bytes read per second, int8 operations per second, bf16 operations per second.");
 
-  py::class_<Device>(m, "Device")
-      .def(py::init([](const std::string& isa, size_t threads) {
-             return Device{kt::SelectIsa(isa), std::make_shared<kt::ThreadPool>(threads),
-                           std::make_shared<kt::ScratchPool>()};
-           }),
-           py::arg("isa"), py::arg("threads"))
-      .def_property_readonly("isa", [](const Device& d) { return std::string(d.isa.name); });
+  BindDevice(m);
   BindLayer(m);
   BindLinear(m);
 }

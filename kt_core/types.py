@@ -284,12 +284,14 @@ class DeviceInfo:
         description: Model name of the hardware.
         torch_device: Where hidden states must lie when they are submitted.
         memory_bytes: Memory that expert weights can use in all, in bytes.
+        remarks: What keeps the device from its best, each with what to do about it.
     """
 
     name: str
     description: str
     torch_device: str
     memory_bytes: int
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

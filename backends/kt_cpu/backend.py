@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,12 +21,16 @@ from kt_core.types import (
     MoeSpec,
 )
 from kt_cpu import _kernels
+from kt_cpu.topology import Topology, computing_nodes, flat_topology, plan_topology
 
 if TYPE_CHECKING:
     from kt_cpu.kernel import CpuExpertKernel
     from kt_cpu.linear import CpuLinearKernel
 
+_log = logging.getLogger(__name__)
+
 FORCE_ISA_VARIABLE = "KT_FORCE_ISA"
+NUMA_VARIABLE = "KT_NUMA"
 
 # What csrc/format/ knows, in every grouping and scale type.
 _ELEMENTS = frozenset(Element)
@@ -33,6 +38,9 @@ _ELEMENTS = frozenset(Element)
 # Reading is measured on a buffer that no cache holds a good part of.
 _SMALLEST_BUFFER_BYTES = 512 << 20
 _UNKNOWN_CACHE_BYTES = 64 << 20
+
+# Of what a node has to give. The rest is for what others allocate there meanwhile.
+_BOUND_PART_OF_NODE = 0.9
 
 
 def selected_isa() -> str:
@@ -49,15 +57,29 @@ def selected_isa() -> str:
         raise BackendUnavailableError(msg) from error
 
 
+def numa_is_wanted() -> bool:
+    """Return whether threads are pinned and memory is bound: yes, unless ``KT_NUMA=off``.
+
+    Raises:
+        BackendUnavailableError: The variable says something else.
+    """
+    wanted = os.environ.get(NUMA_VARIABLE, "")
+    if wanted not in {"", "auto", "off"}:
+        msg = f"{NUMA_VARIABLE}={wanted} is unknown; set it to auto or off, or not at all"
+        raise BackendUnavailableError(msg)
+    return wanted != "off"
+
+
 class CpuBackend(Backend):
     """Every machine has it."""
 
     name = "cpu"
 
     def why_unavailable(self) -> str | None:
-        """Return None, unless an instruction set is forced that cannot be had."""
+        """Return None, unless a variable asks for what cannot be had."""
         try:
             selected_isa()
+            numa_is_wanted()
         except BackendUnavailableError as error:
             return str(error)
         return None
@@ -71,6 +93,7 @@ class CpuBackend(Backend):
                 description=machine.cpu.name,
                 torch_device="cpu",
                 memory_bytes=machine.memory.total_bytes,
+                remarks=_numa_remarks(computing_nodes(machine.cpu)),
             )
         ]
 
@@ -85,26 +108,83 @@ class CpuBackend(Backend):
             computes_dense=True,
         )
 
-    def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
-        """Start the threads: as many as the machine has physical cores, unless told."""
-        return CpuDevice(
-            self.devices()[0],
-            self.capabilities(device),
-            threads or hardware.detect(with_accelerators=False).cpu.usable_threads,
-        )
+    def open(
+        self, device: str, *, threads: int | None = None, numa: bool | None = None
+    ) -> ExpertDevice:
+        """Start the threads: as many as the machine has physical cores, unless told.
+
+        Args:
+            device: ``cpu``.
+            threads: See ``Backend.open``.
+            numa: Whether to pin the threads and to split experts over the NUMA nodes; None to
+                follow ``KT_NUMA``.
+        """
+        cpu = hardware.detect(with_accelerators=False).cpu
+        count = threads or cpu.usable_threads
+        if numa_is_wanted() if numa is None else numa:
+            topology = plan_topology(cpu, count, _bindable_bytes)
+        else:
+            topology = flat_topology(count)
+        return CpuDevice(self.devices()[0], self.capabilities(device), count, topology)
+
+
+def _bindable_bytes(node: int) -> int:
+    return int(hardware.available_node_bytes(node) * _BOUND_PART_OF_NODE)
+
+
+def _numa_remarks(nodes: Sequence[int]) -> tuple[str, ...]:
+    """Say whether memory could not be bound to the nodes, and whether that is meant."""
+    if len(nodes) == 1:
+        return ()
+    if not numa_is_wanted():
+        return (f"{NUMA_VARIABLE}=off: experts lie anywhere on {len(nodes)} NUMA nodes",)
+    why = _kernels.why_not_bound(nodes[0])
+    return (_unbound(why),) if why else ()
+
+
+def _unbound(why: str) -> str:
+    return (
+        f"memory cannot be bound to NUMA nodes ({why}), so experts are read across nodes, which "
+        "is slower; allow the system call mbind (in a container: add the capability SYS_NICE)"
+    )
 
 
 class CpuDevice(ExpertDevice):
     """The CPU in use by one engine."""
 
-    def __init__(self, info: DeviceInfo, capabilities: Capabilities, threads: int) -> None:
-        """Start ``threads - 1`` threads; the caller of ``wait`` is the last one."""
+    def __init__(
+        self,
+        info: DeviceInfo,
+        capabilities: Capabilities,
+        threads: int,
+        topology: Topology | None = None,
+        *,
+        bind: _kernels.BindPages | None = None,
+    ) -> None:
+        """Start ``threads - 1`` threads; the caller of ``wait`` is the last one.
+
+        Args:
+            info: What the backend says.
+            capabilities: What the backend says.
+            threads: How many.
+            topology: Where they run, and which memory is next to them; None for anywhere.
+            bind: Asked to bind memory to a node, in place of the system: for tests.
+        """
         self.info = info
         self.capabilities = capabilities
         self.threads = threads
+        self._is_unbound = False
+        topology = topology or flat_topology(threads)
         self._device: _kernels.Device | None = _kernels.Device(
-            capabilities.instruction_set or "", threads
+            capabilities.instruction_set or "", topology.nodes, topology.threads, bind
         )
+        if why := self._device.pin_refusal:
+            _log.warning(
+                "threads cannot be pinned to their cores (%s), so the system may move them, which "
+                "is slower; set %s=off to leave them alone",
+                why,
+                NUMA_VARIABLE,
+            )
 
     def expert_bytes(self, spec: MoeSpec, weight_format: Format) -> int:
         """See ``ExpertDevice.expert_bytes``."""
@@ -123,7 +203,11 @@ class CpuDevice(ExpertDevice):
         device = self._check(weight_format, precision)
         from kt_cpu.kernel import CpuExpertKernel
 
-        return CpuExpertKernel(device, spec, weight_format, precision)
+        kernel = CpuExpertKernel(device, spec, weight_format, precision)
+        if device.bind_refusal and not self._is_unbound:
+            self._is_unbound = True  # said once, not for every layer
+            _log.warning("%s", _unbound(device.bind_refusal))
+        return kernel
 
     def linear_bytes(self, spec: LinearSpec, weight_format: Format) -> int:
         """See ``ExpertDevice.linear_bytes``."""

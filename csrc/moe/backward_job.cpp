@@ -8,18 +8,10 @@
 namespace kt {
 
 BackwardJob::BackwardJob(ExpertLayer& layer, const TrainingArgs& args) : TrainingJob(layer, args) {
-  const ExpertLayout& e = layout();
-  const size_t pairs = pairs_.tokens.size(), matrices = e.has_gate ? 2 : 1;
+  const size_t pairs = pairs_.tokens.size();
   grad_precision_ = args.precision == Precision::kFloat32 ? Precision::kFloat32 : Precision::kBf16;
-  const MatrixLayout down = TransposedLayout(e.down, 1), up = TransposedLayout(e.up, 1);
-  grad_out_rows_ = MakeActivationRows(grad_precision_, down, kHiddenGroup);
-  grad_inter_rows_ = MakeActivationRows(grad_precision_, up, kHiddenGroup);
-  grad_inter_rows_.row_bytes *= matrices;
-  GrowTo(buffers_.grad_out, args.tokens * grad_out_rows_.row_bytes + kRowBytes);
-  GrowTo(buffers_.grad_inter_rows, pairs * grad_inter_rows_.row_bytes + kRowBytes);
+  SizeRows();
   GrowTo(buffers_.grad_inter, pairs * inter_stride_);
-  grad_out_rows_.data = AlignedStart(buffers_.grad_out);
-  grad_inter_rows_.data = AlignedStart(buffers_.grad_inter_rows);
   std::fill_n(args.grad_weights, args.tokens * args.top_k, 0.0f);
   has_lora_ = gate_lora_.exists() || up_lora_.exists() || down_lora_.exists();
   for (size_t p = 0; p < 3; ++p) GrowTo(buffers_.grad_inner[p], pairs * loras_[p]->rank_stride());
@@ -28,7 +20,34 @@ BackwardJob::BackwardJob(ExpertLayer& layer, const TrainingArgs& args) : Trainin
   Cut(0, args.tokens);
   CutExperts(1);
   Cut(2, pairs_.blocks.size());
-  CutOutput(3);
+  CutOutput(3, false);
+}
+
+// Rows of one part come after those of the one before it: a part's weights have outputs of their
+// own, padded on their own.
+void BackwardJob::SizeRows() {
+  size_t grad_out_bytes = 0, grad_inter_bytes = 0;
+  for (const LayerPart& part : parts()) {
+    const ExpertLayout& e = part.layout;
+    const auto rows = [&](const MatrixLayout& m) {
+      return MakeActivationRows(grad_precision_, TransposedLayout(m, 1), kHiddenGroup);
+    };
+    grad_out_rows_.push_back(rows(e.down));
+    grad_inter_rows_.push_back(rows(e.up));
+    grad_inter_rows_.back().row_bytes *= e.has_gate ? 2 : 1;
+    grad_out_bytes += args_.tokens * grad_out_rows_.back().row_bytes;
+    grad_inter_bytes += pairs_.tokens.size() * grad_inter_rows_.back().row_bytes;
+  }
+  GrowTo(buffers_.grad_out, grad_out_bytes + kRowBytes);
+  GrowTo(buffers_.grad_inter_rows, grad_inter_bytes + kRowBytes);
+  uint8_t *grad_out = AlignedStart(buffers_.grad_out),
+          *grad_inter = AlignedStart(buffers_.grad_inter_rows);
+  for (size_t n = 0; n < parts().size(); ++n) {
+    grad_out_rows_[n].data = grad_out;
+    grad_inter_rows_[n].data = grad_inter;
+    grad_out += args_.tokens * grad_out_rows_[n].row_bytes;
+    grad_inter += pairs_.tokens.size() * grad_inter_rows_[n].row_bytes;
+  }
 }
 
 void BackwardJob::Run(size_t phase, size_t chunk) noexcept {
@@ -36,14 +55,16 @@ void BackwardJob::Run(size_t phase, size_t chunk) noexcept {
   switch (phase) {
     case 0: PrepareHidden(units); return PrepareGradOut(units);
     case 1:
-      return ForExpertPanels(units, [&](const PairGroups::Active& active, Range panels) {
-        RawGateUp(active, panels);
-        RawGradInter(active, panels);
-      });
+      return ForExpertPanels(
+          PartOf(1, chunk), units, [&](const PairGroups::Active& active, Range panels) {
+            const LayerPart& part = PartOf(1, chunk);
+            RawGateUp(part, active, panels);
+            RawGradInter(active, {part.first_up + panels.first, part.first_up + panels.last});
+          });
     case 2:
       for (size_t i = units.first; i < units.last; ++i) ActivationGrads(pairs_.blocks[i]);
       return;
-    case 3: return GradHidden(OutputPanels(units));
+    case 3: return GradHidden(PanelsOf(layout().down, units));
     default:
       for (size_t i = units.first; i < units.last; ++i)
         GradLora(pairs_.active[i / 6], static_cast<Projection>(i / 2 % 3),
@@ -52,27 +73,35 @@ void BackwardJob::Run(size_t phase, size_t chunk) noexcept {
 }
 
 void BackwardJob::PrepareGradOut(Range tokens) noexcept {
-  kernels().prepare({args_.grad_out, args_.type, layer_.spec().hidden_size, tokens.first,
-                     tokens.last, &layout().down, grad_out_rows_});
+  const size_t value_bytes = args_.type == DType::kFloat32 ? 4 : 2;
+  for (size_t n = 0; n < parts().size(); ++n) {
+    const size_t first = parts()[n].first_down * kPanel;
+    kernels().prepare({static_cast<const uint8_t*>(args_.grad_out) + first * value_bytes,
+                       args_.type, layer_.spec().hidden_size, tokens.first, tokens.last,
+                       &parts()[n].layout.down, grad_out_rows_[n]});
+  }
 }
 
+// The sum over the hidden size runs over all parts, in their order.
 void BackwardJob::RawGradInter(const PairGroups::Active& active, Range panels) noexcept {
-  const ExpertLayout& e = layout();
-  uint8_t* scratch = TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.down, 1));
-  kernels().transposed({{Weights(active.expert) + e.DownPanel(0), nullptr},
-                        e.down.panel_bytes,
-                        &e.down,
-                        grad_out_rows_,
-                        pairs_.tokens.data() + active.first,
-                        nullptr,
-                        active.count,
-                        Row(buffers_.grad_inter, active.first),
-                        kPanel,
-                        inter_stride_,
-                        false,
-                        panels.first,
-                        panels.last,
-                        scratch});
+  for (size_t n = 0; n < parts().size(); ++n) {
+    const ExpertLayout& e = parts()[n].layout;
+    uint8_t* scratch = TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.down, 1));
+    kernels().transposed({{parts()[n].At(active.expert) + e.DownPanel(0), nullptr},
+                          e.down.panel_bytes,
+                          &e.down,
+                          grad_out_rows_[n],
+                          pairs_.tokens.data() + active.first,
+                          nullptr,
+                          active.count,
+                          Row(buffers_.grad_inter, active.first),
+                          kPanel,
+                          inter_stride_,
+                          n > 0,
+                          panels.first,
+                          panels.last,
+                          scratch});
+  }
 }
 
 void BackwardJob::ActivationGrads(const PairGroups::Block& block) noexcept {
@@ -89,14 +118,21 @@ void BackwardJob::ActivationGrads(const PairGroups::Block& block) noexcept {
     args_.grad_weights[pairs_.slots[i]] = grad_weight;
   }
   FinishLora(block);
-  ActivationRows rows = grad_inter_rows_;
-  const auto prepare = [&](std::vector<float>& from) {
-    kernels().prepare({from.data(), DType::kFloat32, inter_stride_, block.first,
-                       block.first + block.count, &e.up, rows});
-    rows.data += grad_inter_rows_.row_bytes / 2;
-  };
-  if (e.has_gate) prepare(buffers_.gate);
-  prepare(buffers_.up);
+  PrepareGradInter(block);
+}
+
+void BackwardJob::PrepareGradInter(const PairGroups::Block& block) noexcept {
+  for (size_t n = 0; n < parts().size(); ++n) {
+    const LayerPart& part = parts()[n];
+    ActivationRows rows = grad_inter_rows_[n];
+    const auto prepare = [&](const std::vector<float>& from) {
+      kernels().prepare({from.data() + part.first_up * kPanel, DType::kFloat32, inter_stride_,
+                         block.first, block.first + block.count, &part.layout.up, rows});
+      rows.data += rows.row_bytes / 2;
+    };
+    if (part.layout.has_gate) prepare(buffers_.gate);
+    prepare(buffers_.up);
+  }
 }
 
 // Of what stands between up and down, before the activation's derivative.
@@ -149,45 +185,53 @@ void BackwardJob::GradLora(const PairGroups::Active& active, Projection p,
 }
 
 float BackwardJob::BiasGrad(size_t expert, size_t token) const noexcept {
-  const size_t hidden = layer_.spec().hidden_size;
-  const float* bias = reinterpret_cast<const float*>(Weights(expert) + layout().DownBias());
   float sum = 0;
-  for (size_t i = 0; i < hidden; ++i) {
-    const size_t at = token * hidden + i;
-    const float grad = args_.type == DType::kFloat32
-                           ? static_cast<const float*>(args_.grad_out)[at]
-                           : Bf16ToFloat(static_cast<const uint16_t*>(args_.grad_out)[at]);
-    sum += grad * bias[i];
+  for (const LayerPart& part : parts()) {
+    const ExpertLayout& e = part.layout;
+    const float* bias = reinterpret_cast<const float*>(part.At(expert) + e.DownBias());
+    const size_t first = token * layer_.spec().hidden_size + part.first_down * kPanel;
+    for (size_t i = 0; i < e.down.rows; ++i) {
+      const float grad = args_.type == DType::kFloat32
+                             ? static_cast<const float*>(args_.grad_out)[first + i]
+                             : Bf16ToFloat(static_cast<const uint16_t*>(args_.grad_out)[first + i]);
+      sum += grad * bias[i];
+    }
   }
   return sum;
+}
+
+// What the outputs of one part add.
+void BackwardJob::AddGradHidden(size_t part, const PairGroups::Active& active,
+                                Range panels) noexcept {
+  const ExpertLayout& e = parts()[part].layout;
+  uint8_t* scratch =
+      TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.up, e.has_gate ? 2 : 1));
+  const uint8_t* up = parts()[part].At(active.expert) + e.UpPanel(0);
+  const uint8_t* gate = parts()[part].At(active.expert) + e.GatePanel(0);
+  ActivationRows rows = grad_inter_rows_[part];
+  rows.data += active.first * rows.row_bytes;
+  kernels().transposed({{e.has_gate ? gate : up, e.has_gate ? up : nullptr},
+                        e.up_stride,
+                        &e.up,
+                        rows,
+                        nullptr,
+                        pairs_.tokens.data() + active.first,
+                        active.count,
+                        buffers_.out.data(),
+                        args_.tokens * kPanel,
+                        kPanel,
+                        true,
+                        panels.first,
+                        panels.last,
+                        scratch});
 }
 
 // As in the forward pass, every thread owns some panels and adds all experts to them, in ascending
 // order: no races, and the same sums whatever the number of threads.
 void BackwardJob::GradHidden(Range panels) noexcept {
-  const ExpertLayout& e = layout();
-  const size_t matrices = e.has_gate ? 2 : 1;
-  uint8_t* scratch = TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.up, matrices));
   ClearOut(panels);
   for (const PairGroups::Active& active : pairs_.active) {
-    const uint8_t* up = Weights(active.expert) + e.UpPanel(0);
-    const uint8_t* gate = Weights(active.expert) + e.GatePanel(0);
-    ActivationRows rows = grad_inter_rows_;
-    rows.data += active.first * rows.row_bytes;
-    kernels().transposed({{e.has_gate ? gate : up, e.has_gate ? up : nullptr},
-                          e.up_stride,
-                          &e.up,
-                          rows,
-                          nullptr,
-                          pairs_.tokens.data() + active.first,
-                          active.count,
-                          buffers_.out.data(),
-                          args_.tokens * kPanel,
-                          kPanel,
-                          true,
-                          panels.first,
-                          panels.last,
-                          scratch});
+    for (size_t n = 0; n < parts().size(); ++n) AddGradHidden(n, active, panels);
     for (const Projection p : {kGate, kUp})
       if (loras_[p]->exists())
         AddLoraToOut(*loras_[p], Lora::Side::kA, active, GradInner(p, active.first), panels);

@@ -27,19 +27,23 @@ class BackwardJob : public TrainingJob {
   void Run(size_t phase, size_t chunk) noexcept override;
 
  private:
+  void SizeRows();
   void PrepareGradOut(Range tokens) noexcept;
   void RawGradInter(const PairGroups::Active& active, Range panels) noexcept;
+  void PrepareGradInter(const PairGroups::Block& block) noexcept;
   void ActivationGrads(const PairGroups::Block& block) noexcept;
   float BiasGrad(size_t expert, size_t token) const noexcept;
   void AddLoraToGradInter(const PairGroups::Block& block) noexcept;
   void FinishLora(const PairGroups::Block& block) noexcept;
+  void AddGradHidden(size_t part, const PairGroups::Active& active, Range panels) noexcept;
   void GradHidden(Range panels) noexcept;
   void GradLora(const PairGroups::Active& active, Projection p, Lora::Side side) noexcept;
 
   bool has_lora_;
   Precision grad_precision_;
-  ActivationRows grad_out_rows_;    // [tokens]
-  ActivationRows grad_inter_rows_;  // [pairs], of gate and then of up
+  // Of each part of the layer, what meets its weights.
+  std::vector<ActivationRows> grad_out_rows_;    // [tokens]
+  std::vector<ActivationRows> grad_inter_rows_;  // [pairs], of gate and then of up
 };
 
 }  // namespace kt

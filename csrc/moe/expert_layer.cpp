@@ -1,11 +1,7 @@
 #include "moe/expert_layer.hpp"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -35,75 +31,72 @@ void ScratchPool::Give(std::unique_ptr<Scratch> scratch) {
   free_.push_back(std::move(scratch));
 }
 
-ExpertMemory::ExpertMemory(size_t experts, size_t bytes_per_expert)
-    : experts_(experts), stride_(bytes_per_expert) {
-  void* base = mmap(nullptr, experts * stride_, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base == MAP_FAILED) throw std::bad_alloc();
-  base_ = static_cast<uint8_t*>(base);
-  // Decoding walks the weights once per token: with 4 KiB pages a good part of the bandwidth goes
-  // to the page tables. The advice may be refused, it only costs speed.
-  madvise(base, experts * stride_, MADV_HUGEPAGE);
-}
-
-ExpertMemory::~ExpertMemory() { munmap(base_, experts_ * stride_); }
-
-void ExpertMemory::Release(size_t expert) {
-  // Whole pages only: the neighbours share the first and the last.
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(At(expert)) + page - 1) / page * page;
-  const uintptr_t last = reinterpret_cast<uintptr_t>(At(expert) + stride_) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
-}
-
 ExpertLayer::ExpertLayer(const LayerSpec& spec, const Kernels& kernels,
-                         std::shared_ptr<ThreadPool> pool, std::shared_ptr<ScratchPool> scratch)
+                         std::shared_ptr<ThreadPool> pool, std::shared_ptr<ScratchPool> scratch,
+                         std::shared_ptr<NodeBinder> binder)
     : spec_(spec),
       kernels_(kernels),
       layout_(LayoutOf(spec)),
       pool_(std::move(pool)),
       scratch_(std::move(scratch)),
-      memory_(spec.num_experts, layout_.bytes),
+      binder_(std::move(binder)),
+      parts_(MakeLayerParts(layout_, spec.num_experts, pool_->threads_of_nodes(), *binder_)),
       resident_(spec.num_experts) {}
 
+ExpertLayer::~ExpertLayer() {
+  for (size_t n = 0; n < parts_.size(); ++n) binder_->Unbind(parts_[n].memory.bytes(), n);
+}
+
 const char* ExpertLayer::Load(size_t expert, const ExpertSource& source) {
-  uint8_t* base = memory_.At(expert);
   resident_[expert].store(false, std::memory_order_release);
   const size_t scratch_bytes =
       std::max(PackScratchBytes(layout_.up), PackScratchBytes(layout_.down));
   std::vector<float> scratch(scratch_bytes / sizeof(float) + 1);
-  const auto pack = [&](const SourceMatrix& from, const MatrixLayout& layout, size_t offset,
-                        size_t stride) {
-    return kernels_.pack({from, &layout, base + offset, stride, scratch.data()});
-  };
-  const auto refuse = [&](const char* projection) {
-    memory_.Release(expert);
-    return projection;
-  };
-  if (layout_.has_gate && !pack(source.gate, layout_.up, layout_.GatePanel(0), layout_.up_stride))
-    return refuse("gate");
-  if (!pack(source.up, layout_.up, layout_.UpPanel(0), layout_.up_stride)) return refuse("up");
-  if (!pack(source.down, layout_.down, layout_.DownPanel(0), layout_.down.panel_bytes))
-    return refuse("down");
-  if (layout_.has_bias) {
-    const auto copy = [&](const float* from, size_t offset, const MatrixLayout& m) {
-      std::memset(base + offset, 0, m.panels * kPanel * 4);
-      std::memcpy(base + offset, from, m.rows * 4);
-    };
-    if (layout_.has_gate) copy(source.gate_bias, layout_.GateBias(), layout_.up);
-    copy(source.up_bias, layout_.UpBias(), layout_.up);
-    copy(source.down_bias, layout_.DownBias(), layout_.down);
-  }
+  for (const LayerPart& part : parts_)
+    if (const char* bad = Pack(part, expert, source, scratch.data())) {
+      for (LayerPart& any : parts_) any.memory.Release(expert);
+      return bad;
+    }
   resident_[expert].store(true, std::memory_order_release);
   return nullptr;
 }
 
-void ExpertLayer::Unload(size_t expert) {
-  if (resident_[expert].exchange(false)) memory_.Release(expert);
+const char* ExpertLayer::Pack(const LayerPart& part, size_t expert, const ExpertSource& source,
+                              float* scratch) {
+  const ExpertLayout& e = part.layout;
+  uint8_t* base = part.memory.At(expert);
+  const auto pack = [&](const SourceMatrix& whole, const MatrixLayout& layout, size_t first_panel,
+                        size_t offset, size_t stride) {
+    const SourceMatrix from = RowsFrom(whole, layout, first_panel * kPanel);
+    return kernels_.pack({from, &layout, base + offset, stride, scratch});
+  };
+  if (e.has_gate && !pack(source.gate, e.up, part.first_up, e.GatePanel(0), e.up_stride))
+    return "gate";
+  if (!pack(source.up, e.up, part.first_up, e.UpPanel(0), e.up_stride)) return "up";
+  if (!pack(source.down, e.down, part.first_down, e.DownPanel(0), e.down.panel_bytes))
+    return "down";
+  if (e.has_bias) {
+    const auto copy = [&](const float* from, size_t first_panel, size_t offset,
+                          const MatrixLayout& m) {
+      std::memset(base + offset, 0, m.panels * kPanel * 4);
+      std::memcpy(base + offset, from + first_panel * kPanel, m.rows * 4);
+    };
+    if (e.has_gate) copy(source.gate_bias, part.first_up, e.GateBias(), e.up);
+    copy(source.up_bias, part.first_up, e.UpBias(), e.up);
+    copy(source.down_bias, part.first_down, e.DownBias(), e.down);
+  }
+  return nullptr;
 }
 
-std::span<const uint8_t> ExpertLayer::Bytes(size_t expert) const {
-  return {memory_.At(expert), layout_.bytes};
+void ExpertLayer::Unload(size_t expert) {
+  if (!resident_[expert].exchange(false)) return;
+  for (LayerPart& part : parts_) part.memory.Release(expert);
+}
+
+std::vector<uint8_t> ExpertLayer::Bytes(size_t expert) const {
+  std::vector<uint8_t> bytes(layout_.bytes);
+  JoinParts(parts_, layout_, expert, bytes.data());
+  return bytes;
 }
 
 void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const {

@@ -4,12 +4,13 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <span>
 #include <vector>
 
 #include "moe/kernels.hpp"
+#include "moe/layer_parts.hpp"
 #include "moe/lora.hpp"
 #include "moe/pair_groups.hpp"
+#include "runtime/numa_memory.hpp"
 #include "runtime/thread_pool.hpp"
 
 namespace kt {
@@ -47,7 +48,7 @@ struct Scratch {
   // buffer.
   struct ActiveExpert {
     size_t expert, first, count;
-    size_t cost;  // of all experts before it, in the unit of ForwardJob::GateUpCost
+    size_t cost;  // of one unit of every expert before it: see ForwardJob::GateUpUnit
   };
 
   std::vector<size_t> start;         // [experts + 1] first pair of each expert
@@ -67,22 +68,6 @@ class ScratchPool {
  private:
   std::mutex mutex_;
   std::vector<std::unique_ptr<Scratch>> free_;
-};
-
-// Memory for the packed experts of one layer: one contiguous mapping, pages given back on unload.
-class ExpertMemory {
- public:
-  ExpertMemory(size_t experts, size_t bytes_per_expert);  // throws std::bad_alloc
-  ~ExpertMemory();
-  ExpertMemory(const ExpertMemory&) = delete;
-  ExpertMemory& operator=(const ExpertMemory&) = delete;
-
-  uint8_t* At(size_t expert) const { return base_ + expert * stride_; }
-  void Release(size_t expert);
-
- private:
-  uint8_t* base_;
-  size_t experts_, stride_;
 };
 
 // out[t] = sum_k weights[t, k] * expert[ids[t, k]](hidden[t]); id -1 adds nothing.
@@ -116,9 +101,11 @@ class ForwardJob;
 class ExpertLayer {
  public:
   ExpertLayer(const LayerSpec& spec, const Kernels& kernels, std::shared_ptr<ThreadPool> pool,
-              std::shared_ptr<ScratchPool> scratch);
+              std::shared_ptr<ScratchPool> scratch, std::shared_ptr<NodeBinder> binder);
+  ~ExpertLayer();
 
-  const ExpertLayout& layout() const { return layout_; }
+  const ExpertLayout& layout() const { return layout_; }  // of a whole expert
+  const std::vector<LayerPart>& parts() const { return parts_; }
   const LayerSpec& spec() const { return spec_; }
 
   // Packs one expert. Returns the name of the projection that holds a NaN or an infinity (the
@@ -127,8 +114,8 @@ class ExpertLayer {
   const char* Load(size_t expert, const ExpertSource& source);
   void Unload(size_t expert);
   bool IsResident(size_t expert) const { return resident_[expert].load(std::memory_order_acquire); }
-  // The packed bytes, for tests and for moving an expert.
-  std::span<const uint8_t> Bytes(size_t expert) const;
+  // The packed bytes, the same on any number of nodes: for tests and for moving an expert.
+  std::vector<uint8_t> Bytes(size_t expert) const;
 
   // Throws std::invalid_argument: an id is out of range, or an expert is not resident.
   std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args);
@@ -140,13 +127,16 @@ class ExpertLayer {
   friend class ForwardJob;
   friend class TrainingJob;
   void CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const;
+  const char* Pack(const LayerPart& part, size_t expert, const ExpertSource& source,
+                   float* scratch);
 
   LayerSpec spec_;
   const Kernels& kernels_;
   ExpertLayout layout_;
   std::shared_ptr<ThreadPool> pool_;
   std::shared_ptr<ScratchPool> scratch_;
-  ExpertMemory memory_;
+  std::shared_ptr<NodeBinder> binder_;
+  std::vector<LayerPart> parts_;  // one for each node that has one, in the order of the nodes
   std::vector<std::atomic<bool>> resident_;
 };
 

@@ -34,7 +34,11 @@ uint8_t* ThreadScratch(size_t bytes) {
 }  // namespace
 
 ForwardJob::ForwardJob(ExpertLayer& layer, const ForwardArgs& args)
-    : layer_(layer), args_(args), scratch_pool_(layer.scratch_), scratch_(scratch_pool_->Take()) {
+    : layer_(layer),
+      args_(args),
+      scratch_pool_(layer.scratch_),
+      scratch_(scratch_pool_->Take()),
+      num_parts_(layer.parts_.size()) {
   GroupPairs();
   SizeScratch();
   CutIntoChunks();
@@ -81,20 +85,26 @@ void ForwardJob::SizeScratch() {
 // Contiguous chunks, so that a thread reads one long stream of weights; several per thread, so that
 // nobody waits long for the last one.
 void ForwardJob::CutIntoChunks() {
-  const ExpertLayout& e = layer_.layout_;
+  const std::vector<LayerPart>& parts = layer_.parts_;
   const size_t threads = layer_.pool_->threads();
-  gate_up_units_ = e.has_gate ? e.up.panels : (e.up.panels + 1) / 2;
-  gate_up_cost_ = 0;
+  unit_cost_ = 0;
   for (Scratch::ActiveExpert& active : scratch_->active) {
-    active.cost = gate_up_cost_;
-    gate_up_cost_ += gate_up_units_ * UnitCost(active.count);
+    active.cost = unit_cost_;
+    unit_cost_ += UnitCost(active.count);
+  }
+  // Of the largest part, where there are several.
+  size_t gate_up_units = 0, down_units = 0;
+  for (const LayerPart& part : parts) {
+    gate_up_units = std::max(gate_up_units, GateUpUnits(part));
+    down_units = std::max(down_units, PanelPairs(part.layout.down.panels));
   }
   units_[0] = args_.tokens;
-  units_[1] = scratch_->active.size() * gate_up_units_;
+  units_[1] = scratch_->active.size() * gate_up_units;
   units_[2] = scratch_->tokens.size();
-  units_[3] = args_.tokens ? (e.down.panels + 1) / 2 : 0;
+  units_[3] = args_.tokens ? down_units : 0;
   for (size_t i = 0; i < 4; ++i) {
-    const size_t wanted = threads == 1 ? 1 : threads * (i == 1 ? 8 : 4);
+    const size_t sharing = IsByPart(i) ? (threads + parts.size() - 1) / parts.size() : threads;
+    const size_t wanted = threads == 1 ? 1 : sharing * (i == 1 ? 8 : 4);
     per_chunk_[i] = std::max<size_t>(1, (units_[i] + wanted - 1) / wanted);
   }
   // All experts add to the same panels of the output: they should stay in the L2 cache meanwhile.
@@ -104,29 +114,43 @@ void ForwardJob::CutIntoChunks() {
   for (size_t i = 0; i < 4; ++i) chunks_[i] = (units_[i] + per_chunk_[i] - 1) / per_chunk_[i];
 }
 
-// Where the chunk begins among the units (active expert, pair of panels): chunks cost about the
-// same, however unevenly tokens are spread over experts.
-size_t ForwardJob::GateUpUnit(size_t chunk) const {
-  if (chunk == chunks_[1]) return units_[1];
-  const size_t cost = gate_up_cost_ * chunk / chunks_[1];
-  const auto& active = scratch_->active;
-  const auto after = std::upper_bound(active.begin(), active.end(), cost,
-                                      [](size_t c, const auto& a) { return c < a.cost; });
-  const auto at = after - 1;
-  return static_cast<size_t>(at - active.begin()) * gate_up_units_ +
-         (cost - at->cost) / UnitCost(at->count);
+size_t ForwardJob::GateUpUnits(const LayerPart& part) {
+  return part.layout.has_gate ? part.layout.up.panels : PanelPairs(part.layout.up.panels);
 }
 
-size_t ForwardJob::Chunks(size_t phase) const { return chunks_[phase]; }
+// Where the chunk of a part begins among its units (active expert, pair of panels): chunks cost
+// about the same, however unevenly tokens are spread over experts.
+size_t ForwardJob::GateUpUnit(const LayerPart& part, size_t chunk) const {
+  const size_t units = GateUpUnits(part);
+  const auto& active = scratch_->active;
+  if (chunk == chunks_[1]) return active.size() * units;
+  const size_t cost = unit_cost_ * units * chunk / chunks_[1];
+  const auto after = std::upper_bound(active.begin(), active.end(), cost / units,
+                                      [](size_t c, const auto& a) { return c < a.cost; });
+  const auto at = after - 1;
+  return static_cast<size_t>(at - active.begin()) * units +
+         (cost - at->cost * units) / UnitCost(at->count);
+}
+
+size_t ForwardJob::Chunks(size_t phase) const {
+  return IsByPart(phase) ? num_parts_ * chunks_[phase] : chunks_[phase];
+}
+
+size_t ForwardJob::FirstChunk(size_t phase, size_t node) const {
+  return IsByPart(phase) ? std::min(node, num_parts_) * chunks_[phase]
+                         : Job::FirstChunk(phase, node);
+}
 
 void ForwardJob::Run(size_t phase, size_t chunk) noexcept {
-  if (phase == 1) return GateUp(GateUpUnit(chunk), GateUpUnit(chunk + 1));
+  const LayerPart& part = layer_.parts_[chunk / chunks_[phase]];  // the only one, or it is by part
+  chunk %= chunks_[phase];
+  if (phase == 1) return GateUp(part, GateUpUnit(part, chunk), GateUpUnit(part, chunk + 1));
   const size_t first = chunk * per_chunk_[phase];
   const size_t last = std::min(first + per_chunk_[phase], units_[phase]);
   switch (phase) {
     case 0: return PrepareHidden(first, last);
     case 2: return PrepareInter(first, last);
-    default: return Down(first, last);
+    default: return Down(part, 2 * first, std::min(2 * last, part.layout.down.panels));
   }
 }
 
@@ -137,19 +161,20 @@ void ForwardJob::PrepareHidden(size_t first, size_t last) noexcept {
 }
 
 // A chunk may span several experts.
-void ForwardJob::GateUp(size_t first, size_t last) noexcept {
-  const ExpertLayout& e = layer_.layout_;
-  const size_t panels_per_unit = e.has_gate ? 1 : 2;
+void ForwardJob::GateUp(const LayerPart& part, size_t first, size_t last) noexcept {
+  const ExpertLayout& e = part.layout;
+  const size_t panels_per_unit = e.has_gate ? 1 : 2, units = GateUpUnits(part);
   uint8_t* unpacked = ThreadScratch(layer_.kernels_.scratch_bytes(args_.precision, e.up));
   while (first < last) {
-    const Scratch::ActiveExpert& active = scratch_->active[first / gate_up_units_];
-    const size_t unit = first % gate_up_units_;
-    const size_t end = std::min(gate_up_units_, unit + (last - first));
+    const Scratch::ActiveExpert& active = scratch_->active[first / units];
+    const size_t unit = first % units;
+    const size_t end = std::min(units, unit + (last - first));
     layer_.kernels_.gate_up(
-        {layer_.memory_.At(active.expert), &e, hidden_rows_, scratch_->tokens.data() + active.first,
+        {part.At(active.expert), &e, hidden_rows_, scratch_->tokens.data() + active.first,
          active.count, layer_.spec_.activation,
-         scratch_->inter.data() + active.first * inter_stride_, nullptr, inter_stride_,
-         unit * panels_per_unit, std::min(end * panels_per_unit, e.up.panels), unpacked});
+         scratch_->inter.data() + active.first * inter_stride_ + part.first_up * kPanel, nullptr,
+         inter_stride_, unit * panels_per_unit, std::min(end * panels_per_unit, e.up.panels),
+         unpacked});
     first += end - unit;
   }
 }
@@ -161,21 +186,21 @@ void ForwardJob::PrepareInter(size_t first, size_t last) noexcept {
 
 // Every thread owns some pairs of output panels and adds all experts to them, in ascending order:
 // no races, and the same sums whatever the number of threads.
-void ForwardJob::Down(size_t first, size_t last) noexcept {
-  const ExpertLayout& e = layer_.layout_;
-  const size_t first_panel = first * 2, last_panel = std::min(last * 2, e.down.panels);
+void ForwardJob::Down(const LayerPart& part, size_t first_panel, size_t last_panel) noexcept {
+  if (first_panel >= last_panel) return;  // the part is smaller than the largest one
+  const ExpertLayout& e = part.layout;
   uint8_t* unpacked = ThreadScratch(layer_.kernels_.scratch_bytes(args_.precision, e.down));
-  std::memset(scratch_->out.data() + first_panel * args_.tokens * kPanel, 0,
+  float* out = scratch_->out.data() + part.first_down * args_.tokens * kPanel;
+  std::memset(out + first_panel * args_.tokens * kPanel, 0,
               (last_panel - first_panel) * args_.tokens * kPanel * sizeof(float));
   for (const Scratch::ActiveExpert& active : scratch_->active) {
     ActivationRows rows = inter_rows_;
     rows.data += active.first * rows.row_bytes;
-    layer_.kernels_.down({layer_.memory_.At(active.expert), &e, rows,
-                          scratch_->tokens.data() + active.first,
-                          scratch_->weights.data() + active.first, active.count,
-                          scratch_->out.data(), args_.tokens, first_panel, last_panel, unpacked});
+    layer_.kernels_.down({part.At(active.expert), &e, rows, scratch_->tokens.data() + active.first,
+                          scratch_->weights.data() + active.first, active.count, out, args_.tokens,
+                          first_panel, last_panel, unpacked});
   }
-  StoreOut(first_panel, last_panel);
+  StoreOut(part.first_down + first_panel, part.first_down + last_panel);
 }
 
 // From [panels, tokens, 16] to [tokens, hidden].

@@ -14,7 +14,7 @@ LoraForwardJob::LoraForwardJob(ExpertLayer& layer, const TrainingArgs& args)
   Cut(0, args.tokens);
   CutExperts(1);
   Cut(2, pairs_.blocks.size());
-  CutOutput(3);
+  CutOutput(3, true);
 }
 
 void LoraForwardJob::Run(size_t phase, size_t chunk) noexcept {
@@ -22,13 +22,14 @@ void LoraForwardJob::Run(size_t phase, size_t chunk) noexcept {
   switch (phase) {
     case 0: return PrepareHidden(units);
     case 1:
-      return ForExpertPanels(units, [&](const PairGroups::Active& active, Range panels) {
-        RawGateUp(active, panels);
-      });
+      return ForExpertPanels(PartOf(1, chunk), units,
+                             [&](const PairGroups::Active& active, Range panels) {
+                               RawGateUp(PartOf(1, chunk), active, panels);
+                             });
     case 2:
       for (size_t i = units.first; i < units.last; ++i) Activate(pairs_.blocks[i]);
       return;
-    default: return Down(OutputPanels(units));
+    default: return Down(PartOf(3, chunk), PanelsOf(PartOf(3, chunk).layout.down, units));
   }
 }
 
@@ -47,20 +48,23 @@ void LoraForwardJob::Activate(const PairGroups::Block& block) noexcept {
                      block.first + block.count, &layout().down, inter_rows_});
 }
 
-void LoraForwardJob::Down(Range panels) noexcept {
-  const ExpertLayout& e = layout();
+void LoraForwardJob::Down(const LayerPart& part, Range panels) noexcept {
+  if (panels.first == panels.last) return;
+  const ExpertLayout& e = part.layout;
   uint8_t* unpacked = TrainingThreadScratch(kernels().scratch_bytes(args_.precision, e.down));
-  ClearOut(panels);
+  float* out = buffers_.out.data() + part.first_down * args_.tokens * kPanel;
+  const Range among_all{part.first_down + panels.first, part.first_down + panels.last};
+  ClearOut(among_all);
   for (const PairGroups::Active& active : pairs_.active) {
     ActivationRows rows = inter_rows_;
     rows.data += active.first * rows.row_bytes;
-    kernels().down({Weights(active.expert), &e, rows, pairs_.tokens.data() + active.first,
-                    pairs_.weights.data() + active.first, active.count, buffers_.out.data(),
-                    args_.tokens, panels.first, panels.last, unpacked});
+    kernels().down({part.At(active.expert), &e, rows, pairs_.tokens.data() + active.first,
+                    pairs_.weights.data() + active.first, active.count, out, args_.tokens,
+                    panels.first, panels.last, unpacked});
     if (down_lora_.exists())
-      AddLoraToOut(down_lora_, Lora::Side::kB, active, Inner(kDown, active.first), panels);
+      AddLoraToOut(down_lora_, Lora::Side::kB, active, Inner(kDown, active.first), among_all);
   }
-  StoreOut(panels, args_.out);
+  StoreOut(among_all, args_.out);
 }
 
 }  // namespace kt

@@ -15,7 +15,7 @@ class LoraForwardJob : public TrainingJob {
 
  private:
   void Activate(const PairGroups::Block& block) noexcept;
-  void Down(Range panels) noexcept;
+  void Down(const LayerPart& part, Range panels) noexcept;
 
   ActivationRows inter_rows_;
 };

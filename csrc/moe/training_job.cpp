@@ -37,7 +37,9 @@ TrainingJob::TrainingJob(ExpertLayer& layer, const TrainingArgs& args)
   const ExpertLayout& e = layout();
   pairs_.Group(args.expert_ids, args.weights, args.tokens, args.top_k, layer.spec_.num_experts);
   inter_stride_ = e.up.panels * kPanel;
-  panel_pairs_ = (e.up.panels + 1) / 2;
+  panel_pairs_ = 0;
+  for (const LayerPart& part : parts())
+    panel_pairs_ = std::max(panel_pairs_, PanelPairs(part.layout.up.panels));
   hidden_rows_ = MakeActivationRows(args.precision, e.up, kHiddenGroup);
   GrowTo(buffers_.hidden, args.tokens * hidden_rows_.row_bytes + kRowBytes);
   hidden_rows_.data = AlignedStart(buffers_.hidden);
@@ -51,22 +53,31 @@ TrainingJob::TrainingJob(ExpertLayer& layer, const TrainingArgs& args)
 
 TrainingJob::~TrainingJob() { scratch_pool_->Give(std::move(scratch_)); }
 
-void TrainingJob::Cut(size_t phase, size_t units, size_t most_per_chunk) {
-  const size_t threads = layer_.pool_->threads();
-  const size_t wanted = threads == 1 ? 1 : threads * kChunksPerThread;
+void TrainingJob::Cut(size_t phase, size_t units, size_t parts, size_t most_per_chunk) {
+  const size_t threads = layer_.pool_->threads(), sharing = (threads + parts - 1) / parts;
+  const size_t wanted = threads == 1 ? 1 : sharing * kChunksPerThread;
   const size_t even = std::max<size_t>(1, (units + wanted - 1) / wanted);
   const size_t per_chunk = std::min(even, std::max<size_t>(1, most_per_chunk));
-  phases_[phase] = {units, per_chunk, (units + per_chunk - 1) / per_chunk};
+  phases_[phase] = {units, per_chunk, (units + per_chunk - 1) / per_chunk, parts};
 }
 
-void TrainingJob::CutOutput(size_t phase) {
+void TrainingJob::CutExperts(size_t phase) {
+  Cut(phase, pairs_.active.size() * panel_pairs_, parts().size());
+}
+
+void TrainingJob::CutOutput(size_t phase, bool is_by_part) {
   const size_t pair_bytes = 2 * args_.tokens * kPanel * sizeof(float);
-  Cut(phase, args_.tokens ? (layout().down.panels + 1) / 2 : 0,
+  size_t pairs = is_by_part ? 0 : PanelPairs(layout().down.panels);
+  if (is_by_part)
+    for (const LayerPart& part : parts())
+      pairs = std::max(pairs, PanelPairs(part.layout.down.panels));
+  Cut(phase, args_.tokens ? pairs : 0, is_by_part ? parts().size() : 1,
       kOutBytesPerChunk / std::max<size_t>(1, pair_bytes));
 }
 
 TrainingJob::Range TrainingJob::Units(size_t phase, size_t chunk) const {
   const Phase& p = phases_[phase];
+  chunk %= p.chunks;
   return {chunk * p.per_chunk, std::min((chunk + 1) * p.per_chunk, p.units)};
 }
 
@@ -75,12 +86,15 @@ void TrainingJob::PrepareHidden(Range tokens) noexcept {
                      &layout().up, hidden_rows_});
 }
 
-void TrainingJob::RawGateUp(const PairGroups::Active& active, Range panels) noexcept {
-  uint8_t* unpacked = TrainingThreadScratch(kernels().scratch_bytes(args_.precision, layout().up));
-  kernels().gate_up({Weights(active.expert), &layout(), hidden_rows_,
+void TrainingJob::RawGateUp(const LayerPart& part, const PairGroups::Active& active,
+                            Range panels) noexcept {
+  uint8_t* unpacked =
+      TrainingThreadScratch(kernels().scratch_bytes(args_.precision, part.layout.up));
+  const size_t first = part.first_up * kPanel;
+  kernels().gate_up({part.At(active.expert), &part.layout, hidden_rows_,
                      pairs_.tokens.data() + active.first, active.count, layer_.spec().activation,
-                     Row(buffers_.up, active.first), Row(gate(), active.first), inter_stride_,
-                     panels.first, panels.last, unpacked});
+                     Row(buffers_.up, active.first) + first, Row(gate(), active.first) + first,
+                     inter_stride_, panels.first, panels.last, unpacked});
 }
 
 void TrainingJob::AddLoraToGateUp(const PairGroups::Block& block) noexcept {
@@ -127,10 +141,6 @@ const float* TrainingJob::Gather(const void* source, const PairGroups::Block& bl
   GatherRows(source, args_.type, layer_.spec().hidden_size, pairs_.tokens.data() + block.first,
              block.count, rows.data(), gathered_stride());
   return rows.data();
-}
-
-TrainingJob::Range TrainingJob::OutputPanels(Range units) const {
-  return {2 * units.first, std::min(2 * units.last, layout().down.panels)};
 }
 
 void TrainingJob::ClearOut(Range panels) noexcept {

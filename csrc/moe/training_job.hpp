@@ -1,4 +1,6 @@
 #pragma once
+#include <algorithm>
+
 #include "moe/expert_layer.hpp"
 
 namespace kt {
@@ -9,12 +11,18 @@ namespace kt {
 class TrainingJob : public Job {
  public:
   ~TrainingJob() override;
-  size_t Chunks(size_t phase) const override { return phases_[phase].chunks; }
+  size_t Chunks(size_t phase) const override {
+    return phases_[phase].chunks * phases_[phase].parts;
+  }
+  size_t FirstChunk(size_t phase, size_t node) const override {
+    return phases_[phase].chunks * std::min(node, phases_[phase].parts);
+  }
 
  protected:
-  // A phase of so many units, `per_chunk` of them at a time.
+  // A phase of so many units, `per_chunk` of them at a time: of each part of the layer if the
+  // phase belongs to parts, else `parts` is 1.
   struct Phase {
-    size_t units, per_chunk, chunks;
+    size_t units, per_chunk, chunks, parts;
   };
   struct Range {
     size_t first, last;
@@ -23,28 +31,34 @@ class TrainingJob : public Job {
   TrainingJob(ExpertLayer& layer, const TrainingArgs& args);
 
   // Chunks of a phase, several for each thread, so that nobody waits long for the last one.
-  void Cut(size_t phase, size_t units, size_t most_per_chunk = SIZE_MAX);
-  // Of the intermediate panels of every active expert, in twos.
-  void CutExperts(size_t phase) { Cut(phase, pairs_.active.size() * panel_pairs_); }
+  void Cut(size_t phase, size_t units, size_t parts = 1, size_t most_per_chunk = SIZE_MAX);
+  // Of the intermediate panels of every active expert, in twos, by part.
+  void CutExperts(size_t phase);
   // Of the panels of the hidden size, in twos: all experts add to the panels of a chunk, which
-  // should stay in the L2 cache meanwhile.
-  void CutOutput(size_t phase);
+  // should stay in the L2 cache meanwhile. In a phase by part, of those that the part computes.
+  void CutOutput(size_t phase, bool is_by_part);
   Range Units(size_t phase, size_t chunk) const;
+  const LayerPart& PartOf(size_t phase, size_t chunk) const {
+    return parts()[chunk / phases_[phase].chunks];
+  }
 
   void PrepareHidden(Range tokens) noexcept;
-  // Calls body(active expert, panels) for units of CutExperts.
+  // Calls body(active expert, the part's panels) for units of CutExperts.
   template <class Body>
-  void ForExpertPanels(Range units, const Body& body) {
+  void ForExpertPanels(const LayerPart& part, Range units, const Body& body) {
     while (units.first < units.last) {
       const size_t pair = units.first % panel_pairs_;
       const size_t end = std::min(panel_pairs_, pair + (units.last - units.first));
-      body(pairs_.active[units.first / panel_pairs_],
-           Range{2 * pair, std::min(2 * end, layer_.layout_.up.panels)});
+      const Range panels = PanelsOf(part.layout.up, {pair, end});
+      if (panels.first < panels.last) body(pairs_.active[units.first / panel_pairs_], panels);
       units.first += end - pair;
     }
   }
-  void RawGateUp(const PairGroups::Active& active, Range panels) noexcept;
-  Range OutputPanels(Range units) const;
+  void RawGateUp(const LayerPart& part, const PairGroups::Active& active, Range panels) noexcept;
+  // The panels of pairs; none beyond the last, as where a part is smaller than others.
+  static Range PanelsOf(const MatrixLayout& m, Range pairs) {
+    return {std::min(2 * pairs.first, m.panels), std::min(2 * pairs.last, m.panels)};
+  }
   void ClearOut(Range panels) noexcept;
   // From [panels, tokens, 16] to [tokens, hidden].
   void StoreOut(Range panels, void* target) noexcept;
@@ -78,7 +92,7 @@ class TrainingJob : public Job {
 
   const ExpertLayout& layout() const { return layer_.layout_; }
   const Kernels& kernels() const { return layer_.kernels_; }
-  const uint8_t* Weights(size_t expert) const { return layer_.memory_.At(expert); }
+  const std::vector<LayerPart>& parts() const { return layer_.parts_; }
 
   ExpertLayer& layer_;
   TrainingArgs args_;
@@ -88,7 +102,8 @@ class TrainingJob : public Job {
   TrainingBuffers& buffers_;
   PairGroups& pairs_;
   ActivationRows hidden_rows_;
-  size_t inter_stride_, panel_pairs_;
+  size_t inter_stride_;
+  size_t panel_pairs_;  // of gate and up, in the largest part
   Phase phases_[kMaxPhases] = {};
   enum Projection : size_t { kGate, kUp, kDown };
   Lora gate_lora_, up_lora_, down_lora_;

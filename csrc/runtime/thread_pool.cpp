@@ -1,7 +1,11 @@
 #include "runtime/thread_pool.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#include "runtime/affinity.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -33,16 +37,43 @@ void WaitFor(const std::atomic<size_t>& counter, size_t wanted) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(size_t threads) {
-  if (threads < 1) throw std::invalid_argument("a thread pool needs at least 1 thread, got 0");
-  workers_.reserve(threads - 1);
+ThreadPool::ThreadPool(Topology topology) : topology_(std::move(topology)) {
+  const auto& [nodes, threads] = topology_;
+  if (threads.empty()) throw std::invalid_argument("a thread pool needs at least 1 thread, got 0");
+  if (nodes.empty() || nodes.size() > Topology::kMaxNodes)
+    throw std::invalid_argument("a thread pool spans 1 to " + std::to_string(Topology::kMaxNodes) +
+                                " nodes, got " + std::to_string(nodes.size()));
+  threads_of_nodes_.resize(nodes.size());
+  for (const Topology::Thread& thread : threads) {
+    if (thread.node >= nodes.size()) throw std::invalid_argument("a thread is on no node");
+    ++threads_of_nodes_[thread.node];
+  }
+  if (std::ranges::count(threads_of_nodes_, size_t{0}) > 0)
+    throw std::invalid_argument("a node has no thread");
+  for (size_t n = 0; n < nodes.size(); ++n)
+    for (int cpu : nodes[n].cpus) {
+      const size_t at = static_cast<size_t>(std::max(cpu, 0));
+      if (at >= node_of_cpu_.size()) node_of_cpu_.resize(at + 1);
+      node_of_cpu_[at] = n;
+    }
+  Start();
+}
+
+void ThreadPool::Start() {
+  const std::vector<Topology::Thread>& threads = topology_.threads;
+  workers_.reserve(threads.size() - 1);
   try {
-    for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this] { Work(); });
+    for (size_t i = 1; i < threads.size(); ++i) {
+      workers_.emplace_back([this, node = threads[i].node] { Work(node); });
+      if (threads[i].cpus.empty()) continue;
+      const int error = PinThread(workers_.back(), threads[i].cpus);
+      if (refusal_ == 0) refusal_ = error;
+    }
   } catch (const std::exception& error) {
     const size_t started = workers_.size();
     Stop();
     throw std::runtime_error("only " + std::to_string(started + 1) + " of " +
-                             std::to_string(threads) + " threads could be started (" +
+                             std::to_string(threads.size()) + " threads could be started (" +
                              error.what() + "); ask for fewer threads");
   }
 }
@@ -76,14 +107,29 @@ void ThreadPool::Submit(std::shared_ptr<Job> job) {
 }
 
 void ThreadPool::Wait(Job& job) {
+  if (job.finished_.load(std::memory_order_acquire)) return;
+  const size_t node = CallersNode();
   while (!job.finished_.load(std::memory_order_acquire)) {
     // Jobs before this one come first; help with them.
     const std::shared_ptr<Job> front = Front();
-    if (front) Participate(*front);
+    if (front) Participate(*front, node);
   }
 }
 
-void ThreadPool::Work() {
+// Where every core but one has its worker, the caller goes to that one: on another, it would share
+// the core with a worker that cannot leave, until the scheduler finds out.
+size_t ThreadPool::CallersNode() const {
+  const auto& [nodes, threads] = topology_;
+  const std::vector<int>& own = threads.front().cpus;
+  if (own.empty() && nodes.size() == 1) return 0;
+  const int cpu = CurrentCpu();
+  if (!own.empty() && (std::ranges::find(own, cpu) != own.end() || MoveToCpu(own.front())))
+    return threads.front().node;
+  const size_t at = static_cast<size_t>(std::max(cpu, 0));
+  return at < node_of_cpu_.size() ? node_of_cpu_[at] : 0;
+}
+
+void ThreadPool::Work(size_t node) {
   for (;;) {
     std::shared_ptr<Job> job;
     {
@@ -92,18 +138,29 @@ void ThreadPool::Work() {
       if (jobs_.empty()) return;  // stop_
       job = jobs_.front();
     }
-    Participate(*job);
+    Participate(*job, node);
   }
 }
 
-// Runs what chunks are left and returns when the job is done, whoever did it.
-void ThreadPool::Participate(Job& job) {
-  const size_t phases = job.Phases();
+// Runs what chunks of the node are left; returns how many.
+size_t ThreadPool::RunChunks(Job& job, size_t phase, size_t node) {
+  const size_t first = job.FirstChunk(phase, node);
+  const size_t chunks = job.FirstChunk(phase, node + 1) - first;
+  if (chunks == 0) return 0;
+  std::atomic<size_t>& taken = job.taken_[node].chunks[phase];
+  size_t mine = 0;
+  for (size_t c; (c = taken.fetch_add(1, std::memory_order_relaxed)) < chunks; ++mine)
+    job.Run(phase, first + c);
+  return mine;
+}
+
+// Runs what chunks are left, its node's first, and returns when the job is done, whoever did it.
+void ThreadPool::Participate(Job& job, size_t node) {
+  const size_t phases = job.Phases(), nodes = topology_.nodes.size();
   for (size_t phase = 0; phase < phases; ++phase) {
     const size_t chunks = job.Chunks(phase);
     size_t mine = 0;
-    for (size_t c; (c = job.next_[phase].fetch_add(1, std::memory_order_relaxed)) < chunks; ++mine)
-      job.Run(phase, c);
+    for (size_t i = 0; i < nodes; ++i) mine += RunChunks(job, phase, (node + i) % nodes);
     if (mine > 0 && job.done_[phase].fetch_add(mine, std::memory_order_acq_rel) + mine == chunks)
       job.done_[phase].notify_all();
     WaitFor(job.done_[phase], chunks);

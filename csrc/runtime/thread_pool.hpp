@@ -5,8 +5,11 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
+
+#include "runtime/topology.hpp"
 
 namespace kt {
 
@@ -17,41 +20,60 @@ class Job {
   static constexpr size_t kMaxPhases = 6;
 
   virtual ~Job() = default;
+  // These three are also called when the job is done, by workers that come late.
   virtual size_t Phases() const = 0;
   // Called after the phases before it are done.
   virtual size_t Chunks(size_t phase) const = 0;
+  // Chunks FirstChunk(phase, n)..FirstChunk(phase, n + 1)-1 read memory of the pool's node n: its
+  // threads take them first. Behind the last node there are no more. By default the memory is said
+  // to be nobody's, which is the first one's.
+  virtual size_t FirstChunk(size_t phase, size_t node) const {
+    return node == 0 ? 0 : Chunks(phase);
+  }
   virtual void Run(size_t phase, size_t chunk) noexcept = 0;
 
  private:
   friend class ThreadPool;
-  std::atomic<size_t> next_[kMaxPhases] = {};
+  // How many chunks of a node were taken, in each phase; on a cache line of the node's own.
+  struct alignas(64) Taken {
+    std::atomic<size_t> chunks[kMaxPhases] = {};
+  };
+  Taken taken_[Topology::kMaxNodes];
   std::atomic<size_t> done_[kMaxPhases] = {};
   std::atomic<bool> finished_{false};
 };
 
 // Threads of one engine. Jobs run one after the other, each on all threads: threads - 1 workers,
 // and whoever waits for the job, so that a pool of N never asks for more than N cores. Idle workers
-// sleep.
+// sleep. Workers are pinned as the topology says; whoever waits stays free.
 class ThreadPool {
  public:
-  explicit ThreadPool(size_t threads);
+  explicit ThreadPool(Topology topology);
   ~ThreadPool();  // finishes the jobs that were submitted
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   size_t threads() const { return workers_.size() + 1; }
+  std::span<const size_t> threads_of_nodes() const { return threads_of_nodes_; }
+  int refusal() const { return refusal_; }  // 0, or the errno of the first worker not pinned
   // May be called from any thread, also while other jobs run. The job must not be shared by pools.
   void Submit(std::shared_ptr<Job> job);
   // Helps until the job is done. Any number of threads may wait for the same job.
   void Wait(Job& job);
 
  private:
+  void Start();
   void Stop();
-  void Work();
-  void Participate(Job& job);
+  void Work(size_t node);
+  size_t CallersNode() const;
+  size_t RunChunks(Job& job, size_t phase, size_t node);
+  void Participate(Job& job, size_t node);
   std::shared_ptr<Job> Front();
   void Retire(Job& job);
 
+  const Topology topology_;
+  std::vector<size_t> threads_of_nodes_, node_of_cpu_;
+  int refusal_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_;  // a job came, or stop
   std::deque<std::shared_ptr<Job>> jobs_;

@@ -69,6 +69,7 @@ def _devices(registry: Registry, backend: Backend) -> list[dict[str, Any]]:
                 "name": device.name,
                 "description": device.description,
                 "memory_bytes": device.memory_bytes,
+                "remarks": list(device.remarks),
                 "formats": sorted(f.name for f in formats if capabilities.computes(f)),
                 "isa": capabilities.instruction_set,
                 "isas": list(capabilities.instruction_sets),

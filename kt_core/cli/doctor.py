@@ -81,6 +81,9 @@ def _show(report: dict[str, Any]) -> None:
         rows.add_row("accelerator", "none that torch can use")
     for backend in report["backends"]:
         rows.add_row(f"backend {backend['name']}", _state(backend))
+        for device in backend["devices"]:
+            for remark in device["remarks"]:
+                rows.add_row("remark", f"{device['name']}: {remark}")
     rows.add_row("versions", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))
     show(rows)
 

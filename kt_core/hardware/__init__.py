@@ -11,6 +11,7 @@ from kt_core.hardware.memory import (
     Memory,
     ProcessMemory,
     available_memory_bytes,
+    available_node_bytes,
     process_memory,
 )
 from kt_core.hardware.system_files import SystemFileError
@@ -25,6 +26,7 @@ __all__ = [
     "SystemFileError",
     "amx_permitted",
     "available_memory_bytes",
+    "available_node_bytes",
     "detect",
     "detect_accelerators",
     "last_level_cache_bytes",

@@ -68,6 +68,16 @@ def available_memory_bytes(*, root: Path = Path("/")) -> int:
     return detect_memory(root=root, limits=read_limits(root)).available_bytes
 
 
+def available_node_bytes(node: int, *, root: Path = Path("/")) -> int:
+    """Return what is free on a NUMA node or in its page cache; 0 where the kernel does not say."""
+    path = root / f"sys/devices/system/node/node{node}/meminfo"
+    text = read(path)
+    if text is None:
+        return 0
+    keys = ("MemFree", "Active(file)", "Inactive(file)")
+    return sum(parse_kib_line(path, text, key) for key in keys)
+
+
 def process_memory(*, root: Path = Path("/")) -> ProcessMemory:
     """Return what this process holds now, and its peak.
 

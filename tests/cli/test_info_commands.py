@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def test_doctor(kt: Kt) -> None:
     assert cpu["devices"][0]["computes_dense"] is True
     assert report["versions"]["kt"] == version("kt-core")
     assert f"ready: cpu with {cpu['devices'][0]['isa']}" in kt("doctor").succeeds()
+
+
+def test_doctor_shows_what_devices_remark(kt: Kt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kt_cpu.backend._numa_remarks", lambda _: ("slow; do this",))
+    (cpu,) = [b for b in as_json(kt, "doctor")["backends"] if b["name"] == "cpu"]
+    assert cpu["devices"][0]["remarks"] == ["slow; do this"]
+    assert re.search(r"^remark +cpu: slow; do this$", kt("doctor").succeeds(), re.MULTILINE)
 
 
 def test_doctor_fails_where_nothing_can_run(kt: Kt, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     total: Counter[tuple[str, str, str]] = Counter()
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.getreports(outcome):
-            key = dict(report.user_properties).get("grid")
+            key = dict(getattr(report, "user_properties", ())).get("grid")  # collecting has none
             if key is not None:
                 total[key] += 1
                 passed[key] += outcome == "passed"

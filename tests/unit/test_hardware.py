@@ -214,6 +214,17 @@ def test_available_memory_alone(tmp_path: Path) -> None:
     assert hardware.available_memory_bytes(root=write(tmp_path, meminfo(4, 3))) == 3 * GIB
 
 
+def test_what_a_node_has_to_give(tmp_path: Path) -> None:
+    counts = {"MemTotal": 90, "MemFree": 7, "Active(file)": 20, "Inactive(file)": 3, "Active": 55}
+    lines = [f"Node 1 {name}:   {gib * KIB_PER_GIB} kB\n" for name, gib in counts.items()]
+    root = write(tmp_path, {f"{NODE}/node1/meminfo": "".join(lines)})
+    assert hardware.available_node_bytes(1, root=root) == 30 * GIB
+    assert hardware.available_node_bytes(0, root=root) == 0  # there is no such node
+    write(tmp_path, {f"{NODE}/node1/meminfo": "".join(lines[:2])})
+    with pytest.raises(SystemFileError, match=r"a line 'Active\(file\): <number> kB'"):
+        hardware.available_node_bytes(1, root=root)
+
+
 BROKEN_V2: Files = {"proc/self/cgroup": "0::/\n", "proc/self/mountinfo": V2_MOUNT}
 
 
