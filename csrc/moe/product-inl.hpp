@@ -118,7 +118,7 @@ struct F32Product {
 template <class Format, class Visitor>
 inline void VisitInt8Product(const MatrixLayout& layout, const ActivationRows& rows,
                              const Visitor& visitor) {
-  if (layout.group == 0)
+  if (layout.groups == 1)  // also where a group is longer than the row
     return rows.step == 64 ? visitor(Int8Product<Format, false, 64>{})
                            : visitor(Int8Product<Format, false, 32>{});
   if (rows.step == 64) return visitor(Int8Product<Format, true, 64>{});
