@@ -64,6 +64,7 @@ SourceMatrix RowsFrom(const SourceMatrix& source, const MatrixLayout& layout, si
   from.data = data + row * layout.cols;
   from.scales += row * groups;
   if (from.zero_points != nullptr) from.zero_points += row * groups;
+  if (from.minimums != nullptr) from.minimums += row * groups;
   if (from.output_scales != nullptr) from.output_scales += row;
   return from;
 }
