@@ -75,7 +75,7 @@ def parse_config(file: Path) -> dict[str, Any]:
         CheckpointError: It is missing or not a JSON object with a ``model_type``.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_number_or_dict)
     except FileNotFoundError as error:
         msg = f"{file.parent} has no {file.name}, so it is no model directory of transformers"
         raise CheckpointError(msg) from error
@@ -86,6 +86,11 @@ def parse_config(file: Path) -> dict[str, Any]:
         msg = f"{file} is no transformers config: it names no model_type"
         raise CheckpointError(msg)
     return config
+
+
+def _number_or_dict(value: dict[str, Any]) -> Any:
+    """JSON has no infinities: transformers saves them as ``{"__float__": "Infinity"}``."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kt_core.errors import UnsupportedFormatError
+from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing.backend_dense import BackendDense
 from kt_core.testing.backend_harness import SPEC, BackendHarness, precisions
 from kt_core.testing.backend_numbers import BackendNumbers
@@ -50,7 +51,7 @@ class BackendFacts(BackendHarness):
     def test_capabilities(self) -> None:
         """It computes something, and every format it names is a registered one."""
         capabilities = self.backend.capabilities(self.info().name)
-        known = {f.descriptor.name for f in self.formats}
+        known = {f.descriptor.name for f in (*BUILT_IN_FORMATS, *self.formats)}
         assert any(capabilities.computes(f.descriptor) for f in self.formats)
         assert capabilities.formats <= known, f"unknown: {sorted(capabilities.formats - known)}"
 
