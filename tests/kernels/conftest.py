@@ -1,9 +1,18 @@
-"""The table at the end of a run over the grid: see test_grid.py."""
+"""One torch thread for all; and the table at the end of a run over the grid (test_grid.py)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
+    torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -68,15 +68,6 @@ DIAGONAL = [
 Open = Callable[[str], CpuDevice]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def device() -> Iterator[Open]:
     """A device for each instruction set, opened when it is first asked for."""
