@@ -3,21 +3,20 @@
 namespace kt::KT_ISA {
 namespace {
 
-// As many sums as tile/wide.hpp has at most: enough to hide an instruction's latency, and they stay
-// in registers.
-constexpr int kPeakSums = 2 * kBf16TokenBlock;
-
-template <class Sum, class Operand, class Product>
-inline void RepeatProduct(size_t repetitions, Operand operand, const Product& product) {
-  Sum sums[kPeakSums];
+// As many sums as tile/wide.hpp has: enough to hide an instruction's latency, and they stay in
+// registers.
+template <class Sum, int kSums, class Operand, class Product>
+inline size_t RepeatProduct(size_t repetitions, Operand operand, const Product& product) {
+  Sum sums[kSums];
   for (Sum& sum : sums) sum = Sum::Set(0);
   for (size_t i = 0; i < repetitions; ++i)
 #pragma GCC unroll 16
-    for (int n = 0; n < kPeakSums; ++n) {
+    for (int n = 0; n < kSums; ++n) {
       Hide(operand);  // else the compiler does equal work once
       sums[n] = product(sums[n], operand);
     }
   for (Sum& sum : sums) Hide(sum);
+  return repetitions * kSums * kPanel;
 }
 
 #ifdef KT_HAS_TILES
@@ -44,7 +43,6 @@ inline size_t RepeatTiles(size_t repetitions) {
 #endif
 
 inline size_t Peak(Precision precision, size_t repetitions) {
-  const size_t products = repetitions * kPeakSums;
   uint32_t activations = 0;  // four of int8, or two of bfloat16
   asm volatile("" : "+m"(activations));
   switch (precision) {
@@ -52,20 +50,21 @@ inline size_t Peak(Precision precision, size_t repetitions) {
 #ifdef KT_HAS_TILES
       return RepeatTiles<true>(repetitions);
 #endif
-      RepeatProduct<I32>(repetitions, I32::Set(0),
-                         [&](I32 sum, I32 w) { return DotU8(sum, w, &activations); });
-      return products * kPanel * 4 * 2;
+      return 4 * 2 *
+             RepeatProduct<I32, 2 * kTokenBlock>(repetitions, I32::Set(0), [&](I32 sum, I32 w) {
+               return DotU8(sum, w, &activations);
+             });
     case Precision::kBf16:
 #ifdef KT_HAS_TILES
       return RepeatTiles<false>(repetitions);
 #endif
-      RepeatProduct<F32>(repetitions, I32::Set(0),
-                         [&](F32 sum, I32 w) { return DotBf16(sum, w, &activations); });
-      return products * kPanel * 2 * 2;
+      return 2 * 2 *
+             RepeatProduct<F32, 2 * kBf16TokenBlock>(repetitions, I32::Set(0), [&](F32 sum, I32 w) {
+               return DotBf16(sum, w, &activations);
+             });
     case Precision::kFloat32:
-      RepeatProduct<F32>(repetitions, F32::Set(0),
-                         [](F32 sum, F32 w) { return MulAdd(w, w, sum); });
-      return products * kPanel * 2;
+      return 2 * RepeatProduct<F32, 2 * kBf16TokenBlock>(
+                     repetitions, F32::Set(0), [](F32 sum, F32 w) { return MulAdd(w, w, sum); });
   }
   return 0;
 }
