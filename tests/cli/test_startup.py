@@ -176,7 +176,10 @@ def test_empty_stdin(kt: Kt, prompt: str) -> None:
     [
         ("kt ver", ["version"]),
         ("kt run de", ["demo"]),
-        ("kt run demo --format int8-", ["int8-g16", "int8-g32", "int8-g64", "int8-g128"]),
+        (
+            "kt run demo --format int8-g",
+            ["int8-g16", "int8-g32", "int8-g64", "int8-g128", "int8-g32-f16"],
+        ),
         ("kt run demo --temp", ["--temperature"]),
     ],
 )
