@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kt_core
+import kt_models
 from engine.conftest import SaveTiny
 from kt_core import plugins
 from kt_core.engine.model_files import config_from_dict, model_class, parse_config
@@ -20,7 +21,7 @@ from kt_core.plugins import Registry
 
 # Attention of every kind: grouped, latent, latent with an indexer, linear, in windows, in chunks.
 FAMILIES = ("qwen3_moe", "deepseek_v3", "glm_moe_dsa", "qwen3_next", "gpt_oss", "llama4")
-RELEASED = Path(plugins.__file__).parents[1] / "plugins" / "kt_models" / "released.json"
+RELEASED = Path(kt_models.__file__).parent / "released.json"
 
 
 @pytest.fixture(scope="module")
