@@ -4,7 +4,6 @@
 #include <array>
 #include <cstring>
 
-#include "format/bfloat16.hpp"
 #include "moe/buffers.hpp"
 
 namespace kt {
@@ -32,17 +31,6 @@ constexpr auto kOnes = [] {
   ones.fill(1.0f);
   return ones;
 }();
-
-// A buffer of this thread's own, aligned to 64, which only grows.
-uint8_t* ThreadScratch(size_t bytes) {
-  thread_local std::vector<uint8_t> buffer;
-  GrowTo(buffer, bytes + kRowBytes);
-  return AlignedStart(buffer);
-}
-
-Precision GradPrecision(Precision precision) {
-  return precision == Precision::kFloat32 ? Precision::kFloat32 : Precision::kBf16;
-}
 
 size_t BlockRows(const ActivationRows& rows) {
   return std::clamp(kBlockBytes / rows.row_bytes, kFewestBlockRows, kMostBlockRows);
@@ -86,16 +74,8 @@ void LinearJob::Run(size_t phase, size_t chunk) noexcept {
 
 void LinearJob::Store(const float* from, size_t panel_rows, Range rows,
                       Range panels) const noexcept {
-  for (size_t r = rows.first; r < rows.last; ++r)
-    for (size_t p = panels.first; p < panels.last; ++p) {
-      const float* values = from + ((p - panels.first) * panel_rows + r - rows.first) * kPanel;
-      const size_t at = r * width_ + p * kPanel, n = std::min(kPanel, width_ - p * kPanel);
-      if (args_.type == DType::kFloat32)
-        std::memcpy(static_cast<float*>(args_.target) + at, values, n * sizeof(float));
-      else
-        for (size_t i = 0; i < n; ++i)
-          static_cast<uint16_t*>(args_.target)[at + i] = ToBf16(values[i]);
-    }
+  StorePanels({from, panel_rows, rows.first, rows.last, panels.first, panels.last, args_.target,
+               args_.type, width_});
 }
 
 LinearForwardJob::LinearForwardJob(const LinearLayer& layer, const LinearArgs& args)

@@ -9,7 +9,7 @@ namespace kt {
 
 BackwardJob::BackwardJob(ExpertLayer& layer, const TrainingArgs& args) : TrainingJob(layer, args) {
   const size_t pairs = pairs_.tokens.size();
-  grad_precision_ = args.precision == Precision::kFloat32 ? Precision::kFloat32 : Precision::kBf16;
+  grad_precision_ = GradPrecision(args.precision);
   SizeRows();
   GrowTo(buffers_.grad_inter, pairs * inter_stride_);
   std::fill_n(args.grad_weights, args.tokens * args.top_k, 0.0f);
@@ -86,7 +86,7 @@ void BackwardJob::PrepareGradOut(Range tokens) noexcept {
 void BackwardJob::RawGradInter(const PairGroups::Active& active, Range panels) noexcept {
   for (size_t n = 0; n < parts().size(); ++n) {
     const ExpertLayout& e = parts()[n].layout;
-    uint8_t* scratch = TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.down, 1));
+    uint8_t* scratch = ThreadScratch(TransposedScratchBytes(grad_precision_, e.down, 1));
     kernels().transposed({{parts()[n].At(active.expert) + e.DownPanel(0), nullptr},
                           e.down.panel_bytes,
                           &e.down,
@@ -205,7 +205,7 @@ void BackwardJob::AddGradHidden(size_t part, const PairGroups::Active& active,
                                 Range panels) noexcept {
   const ExpertLayout& e = parts()[part].layout;
   uint8_t* scratch =
-      TrainingThreadScratch(TransposedScratchBytes(grad_precision_, e.up, e.has_gate ? 2 : 1));
+      ThreadScratch(TransposedScratchBytes(grad_precision_, e.up, e.has_gate ? 2 : 1));
   const uint8_t* up = parts()[part].At(active.expert) + e.UpPanel(0);
   const uint8_t* gate = parts()[part].At(active.expert) + e.GatePanel(0);
   ActivationRows rows = grad_inter_rows_[part];

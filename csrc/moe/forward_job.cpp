@@ -3,33 +3,16 @@
 #include <algorithm>
 #include <cstring>
 
-#include "format/bfloat16.hpp"
+#include "moe/buffers.hpp"
 
 namespace kt {
 namespace {
-
-// 64-byte aligned start within a vector that has 64 bytes to spare.
-uint8_t* Aligned(std::vector<uint8_t>& buffer) {
-  return reinterpret_cast<uint8_t*>(RoundUp(reinterpret_cast<uintptr_t>(buffer.data()), kRowBytes));
-}
-
-template <class T>
-void Grow(std::vector<T>& buffer, size_t n) {
-  if (buffer.size() < n) buffer.resize(n);
-}
 
 // Half of a common L2 cache.
 constexpr size_t kOutBytesPerChunk = 512 << 10;
 
 // What a pair of panels costs: with few tokens, reading it.
 size_t UnitCost(size_t tokens) { return std::max<size_t>(tokens, 6); }
-
-// A buffer of this thread's own, which only grows.
-uint8_t* ThreadScratch(size_t bytes) {
-  thread_local std::vector<uint8_t> buffer;
-  Grow(buffer, bytes + kRowBytes);
-  return Aligned(buffer);
-}
 
 }  // namespace
 
@@ -74,12 +57,12 @@ void ForwardJob::SizeScratch() {
   hidden_rows_ = MakeActivationRows(args_.precision, e.up, kHiddenGroup);
   inter_rows_ = MakeActivationRows(args_.precision, e.down, kInterGroup);
   inter_stride_ = e.up.panels * kPanel;
-  Grow(scratch_->hidden, args_.tokens * hidden_rows_.row_bytes + kRowBytes);
-  Grow(scratch_->inter_rows, pairs * inter_rows_.row_bytes + kRowBytes);
-  Grow(scratch_->inter, pairs * inter_stride_);
-  Grow(scratch_->out, args_.tokens * e.down.panels * kPanel);
-  hidden_rows_.data = Aligned(scratch_->hidden);
-  inter_rows_.data = Aligned(scratch_->inter_rows);
+  GrowTo(scratch_->hidden, args_.tokens * hidden_rows_.row_bytes + kRowBytes);
+  GrowTo(scratch_->inter_rows, pairs * inter_rows_.row_bytes + kRowBytes);
+  GrowTo(scratch_->inter, pairs * inter_stride_);
+  GrowTo(scratch_->out, args_.tokens * e.down.panels * kPanel);
+  hidden_rows_.data = AlignedStart(scratch_->hidden);
+  inter_rows_.data = AlignedStart(scratch_->inter_rows);
 }
 
 // Contiguous chunks, so that a thread reads one long stream of weights; several per thread, so that
@@ -205,16 +188,9 @@ void ForwardJob::Down(const LayerPart& part, size_t first_panel, size_t last_pan
 
 // From [panels, tokens, 16] to [tokens, hidden].
 void ForwardJob::StoreOut(size_t first_panel, size_t last_panel) noexcept {
-  const size_t hidden = layer_.spec_.hidden_size;
-  for (size_t t = 0; t < args_.tokens; ++t)
-    for (size_t p = first_panel; p < last_panel; ++p) {
-      const float* from = scratch_->out.data() + (p * args_.tokens + t) * kPanel;
-      const size_t at = t * hidden + p * kPanel, n = std::min(kPanel, hidden - p * kPanel);
-      if (args_.type == DType::kFloat32)
-        std::memcpy(static_cast<float*>(args_.out) + at, from, n * sizeof(float));
-      else
-        for (size_t i = 0; i < n; ++i) static_cast<uint16_t*>(args_.out)[at + i] = ToBf16(from[i]);
-    }
+  StorePanels({scratch_->out.data() + first_panel * args_.tokens * kPanel, args_.tokens, 0,
+               args_.tokens, first_panel, last_panel, args_.out, args_.type,
+               layer_.spec_.hidden_size});
 }
 
 }  // namespace kt

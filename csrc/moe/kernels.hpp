@@ -142,6 +142,10 @@ struct TransposedArgs {
   size_t first_panel, last_panel;
   uint8_t* scratch;  // TransposedScratchBytes(), aligned to 64
 };
+// What the rows of a gradient are, where the pass before computed in this precision.
+KT_INLINE Precision GradPrecision(Precision precision) {
+  return precision == Precision::kFloat32 ? Precision::kFloat32 : Precision::kBf16;
+}
 KT_INLINE size_t TransposedScratchBytes(Precision rows, const MatrixLayout& m, size_t matrices) {
   return 2 * kPanel * TransposedLayout(m, matrices).group_cols *
          (rows == Precision::kFloat32 ? 4 : 2);

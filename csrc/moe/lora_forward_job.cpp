@@ -51,7 +51,7 @@ void LoraForwardJob::Activate(const PairGroups::Block& block) noexcept {
 void LoraForwardJob::Down(const LayerPart& part, Range panels) noexcept {
   if (panels.first == panels.last) return;
   const ExpertLayout& e = part.layout;
-  uint8_t* unpacked = TrainingThreadScratch(kernels().scratch_bytes(args_.precision, e.down));
+  uint8_t* unpacked = ThreadScratch(kernels().scratch_bytes(args_.precision, e.down));
   float* out = buffers_.out.data() + part.first_down * args_.tokens * kPanel;
   const Range among_all{part.first_down + panels.first, part.first_down + panels.last};
   ClearOut(among_all);

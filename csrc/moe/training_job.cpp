@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "format/bfloat16.hpp"
 #include "moe/buffers.hpp"
 
 namespace kt {
@@ -14,12 +13,6 @@ constexpr size_t kOutBytesPerChunk = 512 << 10;
 constexpr size_t kChunksPerThread = 8;
 
 }  // namespace
-
-uint8_t* TrainingThreadScratch(size_t bytes) {
-  thread_local std::vector<uint8_t> buffer;
-  GrowTo(buffer, bytes + kRowBytes);
-  return AlignedStart(buffer);
-}
 
 TrainingJob::TrainingJob(ExpertLayer& layer, const TrainingArgs& args)
     : layer_(layer),
@@ -88,8 +81,7 @@ void TrainingJob::PrepareHidden(Range tokens) noexcept {
 
 void TrainingJob::RawGateUp(const LayerPart& part, const PairGroups::Active& active,
                             Range panels) noexcept {
-  uint8_t* unpacked =
-      TrainingThreadScratch(kernels().scratch_bytes(args_.precision, part.layout.up));
+  uint8_t* unpacked = ThreadScratch(kernels().scratch_bytes(args_.precision, part.layout.up));
   const size_t first = part.first_up * kPanel;
   kernels().gate_up({part.At(active.expert), &part.layout, hidden_rows_,
                      pairs_.tokens.data() + active.first, active.count, layer_.spec().activation,
@@ -150,16 +142,9 @@ void TrainingJob::ClearOut(Range panels) noexcept {
 }
 
 void TrainingJob::StoreOut(Range panels, void* target) noexcept {
-  const size_t hidden = layer_.spec().hidden_size;
-  for (size_t t = 0; t < args_.tokens; ++t)
-    for (size_t p = panels.first; p < panels.last; ++p) {
-      const float* from = buffers_.out.data() + (p * args_.tokens + t) * kPanel;
-      const size_t at = t * hidden + p * kPanel, n = std::min(kPanel, hidden - p * kPanel);
-      if (args_.type == DType::kFloat32)
-        std::memcpy(static_cast<float*>(target) + at, from, n * sizeof(float));
-      else
-        for (size_t i = 0; i < n; ++i) static_cast<uint16_t*>(target)[at + i] = ToBf16(from[i]);
-    }
+  StorePanels({buffers_.out.data() + panels.first * args_.tokens * kPanel, args_.tokens, 0,
+               args_.tokens, panels.first, panels.last, target, args_.type,
+               layer_.spec().hidden_size});
 }
 
 }  // namespace kt

@@ -110,7 +110,4 @@ class TrainingJob : public Job {
   const Lora* const loras_[3] = {&gate_lora_, &up_lora_, &down_lora_};
 };
 
-// A buffer of this thread's own, aligned to 64, which only grows.
-uint8_t* TrainingThreadScratch(size_t bytes);
-
 }  // namespace kt
