@@ -86,16 +86,7 @@ class CpuBackend(Backend):
 
     def devices(self) -> Sequence[DeviceInfo]:
         """Return the one device: all sockets together."""
-        machine = hardware.detect(with_accelerators=False)
-        return [
-            DeviceInfo(
-                name="cpu",
-                description=machine.cpu.name,
-                torch_device="cpu",
-                memory_bytes=machine.memory.total_bytes,
-                remarks=_numa_remarks(computing_nodes(machine.cpu)),
-            )
-        ]
+        return [_info(hardware.detect(with_accelerators=False))]
 
     def capabilities(self, device: str) -> Capabilities:
         """See ``Backend.capabilities``."""
@@ -119,13 +110,23 @@ class CpuBackend(Backend):
             numa: Whether to pin the threads and to split experts over the NUMA nodes; None to
                 follow ``KT_NUMA``.
         """
-        cpu = hardware.detect(with_accelerators=False).cpu
-        count = threads or cpu.usable_threads
+        machine = hardware.detect(with_accelerators=False)
+        count = threads or machine.cpu.usable_threads
         if numa_is_wanted() if numa is None else numa:
-            topology = plan_topology(cpu, count, _bindable_bytes)
+            topology = plan_topology(machine.cpu, count, _bindable_bytes)
         else:
             topology = flat_topology(count)
-        return CpuDevice(self.devices()[0], self.capabilities(device), count, topology)
+        return CpuDevice(_info(machine), self.capabilities(device), count, topology)
+
+
+def _info(machine: hardware.Hardware) -> DeviceInfo:
+    return DeviceInfo(
+        name="cpu",
+        description=machine.cpu.name,
+        torch_device="cpu",
+        memory_bytes=machine.memory.total_bytes,
+        remarks=_numa_remarks(computing_nodes(machine.cpu)),
+    )
 
 
 def _bindable_bytes(node: int) -> int:

@@ -25,7 +25,7 @@ from kt_cpu.sources import (
     check_on_cpu,
     compute_precision,
     matrix_source,
-    offset_of,
+    stored,
     training_precision,
 )
 
@@ -36,7 +36,6 @@ _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
     """Return what csrc/ must know about a layer."""
     activation = spec.activation
-    scale = weight_format.scale.value if weight_format.scale else "none"
     return _kernels.LayerSpec(
         num_experts=spec.num_experts,
         hidden_size=spec.hidden_size,
@@ -47,10 +46,7 @@ def layer_spec(spec: MoeSpec, weight_format: Format) -> _kernels.LayerSpec:
         limit=activation.limit,
         up_limit=activation.up_limit,
         has_bias=spec.has_bias,
-        element=getattr(_kernels.Element, weight_format.element.value),
-        scale=getattr(_kernels.ScaleType, scale),
-        offset=offset_of(weight_format),
-        group=weight_format.group_size or 0,
+        **stored(weight_format),
     )
 
 

@@ -16,7 +16,7 @@ from kt_cpu.sources import (
     bias_source,
     compute_precision,
     matrix_source,
-    offset_of,
+    stored,
     training_precision,
 )
 
@@ -27,15 +27,11 @@ _Modes: TypeAlias = dict[torch.dtype, tuple[_kernels.DType, _kernels.Precision]]
 
 def linear_spec(spec: LinearSpec, weight_format: Format) -> _kernels.LinearSpec:
     """Return what csrc/ must know about a layer."""
-    scale = weight_format.scale.value if weight_format.scale else "none"
     return _kernels.LinearSpec(
         in_features=spec.in_features,
         out_features=spec.out_features,
         has_bias=spec.has_bias,
-        element=getattr(_kernels.Element, weight_format.element.value),
-        scale=getattr(_kernels.ScaleType, scale),
-        offset=offset_of(weight_format),
-        group=weight_format.group_size or 0,
+        **stored(weight_format),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import torch
 
@@ -132,21 +132,39 @@ def _check_range(name: str, part: str, values: torch.Tensor, weight_format: Form
                 raise ValueError(msg)
     stored_type = _SCALE_TYPES.get(weight_format.scale or ScaleType.FLOAT32)
     if part in {"scales", "minimums"} and stored_type is not None:
-        stored = values.to(stored_type).float()
+        kept = values.to(stored_type).float()
         if weight_format.scale is ScaleType.E4M3:
-            stored = stored.where(stored >= 0, float("nan"))
+            kept = kept.where(kept >= 0, float("nan"))
         # What is infinite, or becomes it, is refused by csrc/, in the words for NaN.
-        is_checked = torch.isfinite(values) & ~torch.isinf(stored)
-        if not torch.equal(stored[is_checked], values[is_checked]):
+        is_checked = torch.isfinite(values) & ~torch.isinf(kept)
+        if not torch.equal(kept[is_checked], values[is_checked]):
             msg = f"{name} must be numbers of the type {weight_format.scale}"
             raise ValueError(msg)
 
 
-def offset_of(weight_format: Format) -> _kernels.Offset:
-    """Return what each group stores beside its scale, in the words of csrc/."""
+class Stored(TypedDict):
+    """How weights are stored, in the words of csrc/."""
+
+    element: _kernels.Element
+    scale: _kernels.ScaleType
+    offset: _kernels.Offset
+    group: int
+
+
+def stored(weight_format: Format) -> Stored:
+    """Return how a format's weights are stored."""
+    offset = _kernels.Offset.none
     if weight_format.has_zero_point:
-        return _kernels.Offset.zero_point
-    return _kernels.Offset.minimum if weight_format.has_minimum else _kernels.Offset.none
+        offset = _kernels.Offset.zero_point
+    elif weight_format.has_minimum:
+        offset = _kernels.Offset.minimum
+    scale = weight_format.scale.value if weight_format.scale else "none"
+    return {
+        "element": getattr(_kernels.Element, weight_format.element.value),
+        "scale": getattr(_kernels.ScaleType, scale),
+        "offset": offset,
+        "group": weight_format.group_size or 0,
+    }
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -59,13 +59,18 @@ def _download(hub_id: str, progress: Progress) -> Path:
             )
         )
     except Exception as error:  # huggingface_hub's, httpx's, the file system's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         msg = (
             f"model {hub_id!r} is no directory here and could not be downloaded: {reason}. "
             "Check the name and the network (HF_TOKEN for gated models), or give the path of a "
             "directory you have downloaded."
         )
         raise ModelSourceError(msg) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the beginning of what an error says, or its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def parse_config(file: Path) -> dict[str, Any]:

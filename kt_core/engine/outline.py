@@ -18,7 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kt_core.engine.generation import context_length
 from kt_core.engine.meta_passes import Passes
-from kt_core.engine.model_files import adapters_for, config_from_dict, model_class, parse_config
+from kt_core.engine.model_files import (
+    adapters_for,
+    config_from_dict,
+    first_line,
+    model_class,
+    parse_config,
+)
 from kt_core.engine.sites import find_sites, split_tied
 from kt_core.errors import ModelSourceError, UnsupportedModelError
 from kt_core.interfaces import ExpertsSite, Progress, no_progress
@@ -87,7 +93,7 @@ def _fetch_config(hub_id: str, progress: Progress) -> Path:
     try:
         return Path(hf_hub_download(hub_id, "config.json"))
     except Exception as error:  # huggingface_hub's, httpx's, the file system's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         msg = (
             f"{hub_id!r} is no file here and its config.json could not be downloaded: {reason}. "
             "Check the name and the network, or give the path of a config.json."

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kt_core import __version__, hardware
 from kt_core.errors import NotEnoughMemoryError
 from kt_core.interfaces import ExpertDevice, ExpertWeights, Progress, WeightFormat, no_progress
+from kt_core.paths import replacing
 from kt_core.plan.machine import ExpertRates, HostRates
 from kt_core.plan.outline import ExpertLayer
 from kt_core.types import Element, Format, MoeSpec
@@ -189,12 +190,8 @@ def _read(file: Path, kind: type[Rates]) -> Rates | None:
 
 def _write(file: Path, rates: HostRates | ExpertRates) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(asdict(rates), stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(asdict(rates), indent=2), encoding="utf-8")
 
 
 def _dense_rates(dtype: torch.dtype) -> tuple[float, float]:

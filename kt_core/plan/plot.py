@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from kt_core.errors import InvalidRequestError
+from kt_core.paths import replacing
 from kt_core.plan.planner import Formats, Planner
 from kt_core.plan.roofline import decode_times, prefill_times
 
@@ -96,12 +96,5 @@ def draw(file: Path, title: str, hot: Sequence[Curve], context: Sequence[Curve])
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xlabel("tokens of context")
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as stream:
-            figure.savefig(stream, format=file.suffix[1:])
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as temporary:
+        figure.savefig(temporary)
