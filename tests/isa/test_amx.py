@@ -14,7 +14,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from kernels.test_forward import FORMATS, check, device_for
+from kernels.devices import device_for, open_when_asked
+from kernels.test_forward import FORMATS, check
 from kt_core import hardware
 from kt_core.errors import UnsupportedFormatError
 from kt_core.testing import reference
@@ -69,16 +70,8 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[Open]:
-    """A device for each instruction set, opened when it is first asked for."""
-    devices: dict[str, CpuDevice] = {}
     with ExitStack() as stack:
-
-        def opened(isa: str) -> CpuDevice:
-            if isa not in devices:
-                devices[isa] = stack.enter_context(device_for(isa))
-            return devices[isa]
-
-        yield opened
+        yield open_when_asked(stack)
 
 
 def outputs(

@@ -1,8 +1,11 @@
-"""One torch thread for all; and the table at the end of a run over the grid (test_grid.py)."""
+"""Fixtures of several files; and the table at the end of a run over the grid (test_grid.py)."""
 
 from __future__ import annotations
 
+import faulthandler
+import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +16,17 @@ import torch
 def _one_torch_thread() -> None:
     """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_deadlock(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Waiting for ever is the bug to expect here: say where, and end."""
+    with capfd.disabled():
+        terminal = os.dup(2)
+    faulthandler.dump_traceback_later(120, exit=True, file=terminal)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    os.close(terminal)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kernels.devices import ISAS, device_for
 from kt_core.interfaces import LoraWeights, WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import ACTIVATIONS, backward_reference, reference
@@ -14,23 +15,12 @@ from kt_core.testing.backend_training import check_gradients, random_lora
 from kt_core.types import (
     Activation,
     ActivationPrecision,
-    Capabilities,
-    DeviceInfo,
-    Element,
     MoeSpec,
 )
-from kt_cpu import _kernels
 from kt_cpu.backend import CpuDevice
 from kt_cpu.kernel import CpuExpertKernel
 
-ISAS = [name for name, is_supported in _kernels.isas() if is_supported]
 FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
-
-
-def device_for(isa: str, threads: int = 2) -> CpuDevice:
-    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 34)
-    capabilities = Capabilities(elements=frozenset(Element), instruction_set=isa, trains=True)
-    return CpuDevice(info, capabilities, threads)
 
 
 @pytest.fixture(scope="module", params=ISAS)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.devices import ISAS, device_for, precisions
 from kt_core.interfaces import ExpertWeights, QuantizedTensor, WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import ACTIVATIONS, backward_reference, reference
@@ -18,22 +19,13 @@ from kt_core.types import (
     Activation,
     ActivationKind,
     ActivationPrecision,
-    Capabilities,
-    DeviceInfo,
-    Element,
     MoeSpec,
 )
 from kt_cpu import _kernels
 from kt_cpu.backend import CpuDevice
 
-ISAS = [name for name, is_supported in _kernels.isas() if is_supported]
 FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def device_for(isa: str, threads: int = 2) -> CpuDevice:
-    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 34)
-    return CpuDevice(info, Capabilities(elements=frozenset(Element), instruction_set=isa), threads)
 
 
 def routed(
@@ -78,12 +70,6 @@ def check(  # noqa: PLR0917 - one cell of the matrix
 def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
     with device_for(request.param) as opened:
         yield opened
-
-
-def precisions(weight_format: WeightFormat) -> list[ActivationPrecision]:
-    is_integer = weight_format.descriptor.element.is_integer
-    fast = [ActivationPrecision.INT8] if is_integer else []
-    return [*fast, ActivationPrecision.BF16, ActivationPrecision.FLOAT32]
 
 
 def stored_elsewhere(weight: torch.Tensor, weight_format: WeightFormat) -> QuantizedTensor:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels.test_forward import FORMATS, ISAS, device_for, precisions, routed
+from kernels.devices import ISAS, open_when_asked, precisions
+from kernels.test_forward import FORMATS, routed
 from kt_core.interfaces import ExpertWeights
 from kt_core.testing import backward_reference, reference
 from kt_core.testing.backend_training import check_gradients
@@ -70,16 +71,8 @@ Open = Callable[[str], CpuDevice]
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[Open]:
-    """A device for each instruction set, opened when it is first asked for."""
-    devices: dict[str, CpuDevice] = {}
     with ExitStack() as stack:
-
-        def opened(isa: str) -> CpuDevice:
-            if isa not in devices:
-                devices[isa] = stack.enter_context(device_for(isa))
-            return devices[isa]
-
-        yield opened
+        yield open_when_asked(stack)
 
 
 @lru_cache(maxsize=2)

@@ -8,48 +8,26 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from kernels.devices import ISAS, device_for, precisions
 from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import reference_linear
 from kt_core.testing.backend_harness import is_within, worst_of
-from kt_core.types import ActivationPrecision, Capabilities, DeviceInfo, Element, LinearSpec
-from kt_cpu import _kernels
+from kt_core.types import ActivationPrecision, LinearSpec
 from kt_cpu.backend import CpuDevice
 from kt_cpu.linear import CpuLinearKernel
 
-ISAS = [name for name, is_supported in _kernels.isas() if is_supported]
 FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
 # One of each kind: without scales, a scale per output, groups, zero points, scales of outputs.
 KINDS = ("bf16", "int8", "int4-g32", "int4-g64-asym", "fp8", "mxfp4", "nvfp4")
 FLOAT32 = ActivationPrecision.FLOAT32
 
 
-def device_for(isa: str, threads: int = 2) -> CpuDevice:
-    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 34)
-    capabilities = Capabilities(elements=frozenset(Element), instruction_set=isa)
-    return CpuDevice(info, capabilities, threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Torch's idle threads spin, on the cores that ours want."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=ISAS)
 def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
     with device_for(request.param) as opened:
         yield opened
-
-
-def precisions(weight_format: WeightFormat) -> list[ActivationPrecision]:
-    is_integer = weight_format.descriptor.element.is_integer
-    fast = [ActivationPrecision.INT8] if is_integer else []
-    return [*fast, ActivationPrecision.BF16, FLOAT32]
 
 
 def loaded(

@@ -18,6 +18,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kernels.devices import ISAS, device_for
 from kt_core.interfaces import WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import ACTIVATIONS, backward_reference, reference
@@ -36,7 +37,6 @@ from kt_cpu.backend import CpuDevice
 from kt_cpu.kernel import CpuExpertKernel
 from kt_cpu.topology import Node, Thread, Topology
 
-ISAS = [name for name, is_supported in _kernels.isas() if is_supported]
 FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
 NODE_COUNTS = (2, 4, 8)
 # 17 panels of gate and up and 18 of down, the last ones with 4 outputs: 9 pairs each, so that 2, 4
@@ -70,21 +70,7 @@ def made_up(threads: Sequence[int], memory_bytes: int = 1 << 40) -> Topology:
 def open_device(
     topology: Topology | None, isa: str = "", memory: Memory | None = None
 ) -> CpuDevice:
-    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 34)
-    capabilities = Capabilities(
-        elements=frozenset(Element), instruction_set=_kernels.select_isa(isa), trains=True
-    )
-    threads = len(topology.threads) if topology else 1
-    return CpuDevice(info, capabilities, threads, topology, bind=memory or Memory())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return device_for(isa, 1, topology=topology, bind=memory or Memory())
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kernels.devices import ISAS, device_for
 from kt_core.interfaces import ExpertWeights, QuantizedTensor
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.quant.reference import dequantize, quantize
@@ -22,18 +23,14 @@ from kt_core.types import (
     Activation,
     ActivationKind,
     ActivationPrecision,
-    Capabilities,
-    DeviceInfo,
     Element,
     Format,
     MoeSpec,
     ScaleType,
 )
-from kt_cpu import _kernels
 from kt_cpu.backend import CpuDevice
 from kt_cpu.kernel import CpuExpertKernel
 
-ISAS = [name for name, is_supported in _kernels.isas() if is_supported]
 # csrc/ is written over descriptors: these are not registered, and must work all the same.
 UNREGISTERED = [
     Format(name="int4-row", element=Element.INT4, scale=ScaleType.FLOAT32),
@@ -55,15 +52,6 @@ LARGEST_FLOAT16 = 65504.0  # of minimums too
 UNGATED = Activation(kind=ActivationKind.RELU2, is_gated=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=ISAS)
 def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
     with open_device(request.param) as opened:
@@ -71,8 +59,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
 
 
 def open_device(isa: str) -> CpuDevice:
-    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 30)
-    return CpuDevice(info, Capabilities(elements=frozenset(Element), instruction_set=isa), 1)
+    return device_for(isa, 1)
 
 
 # ---------------------------------------------------------------- the drawing, read in Python

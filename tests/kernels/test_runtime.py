@@ -7,7 +7,6 @@ of fixtures for what is concurrent, what is given back, and what is refused.
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import os
 import random
@@ -24,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.devices import device_for
 from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import ExpertWeights, Ticket
 from kt_core.quant import BUILT_IN_FORMATS
@@ -32,7 +32,6 @@ from kt_core.types import (
     ActivationKind,
     ActivationPrecision,
     Capabilities,
-    DeviceInfo,
     Element,
     MoeSpec,
 )
@@ -44,31 +43,11 @@ FORMATS = {f.descriptor.name: f.descriptor for f in BUILT_IN_FORMATS}
 SPEC = MoeSpec(num_experts=6, hidden_size=72, intermediate_size=50)
 MIB = 1 << 20
 
+pytestmark = pytest.mark.usefixtures("no_deadlock")
+
 
 def open_device(threads: int) -> CpuDevice:
-    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 34)
-    isa = _kernels.select_isa("")
-    return CpuDevice(info, Capabilities(elements=frozenset(Element), instruction_set=isa), threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_deadlock(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Waiting for ever is the bug to expect here: say where, and end."""
-    with capfd.disabled():
-        terminal = os.dup(2)
-    faulthandler.dump_traceback_later(120, exit=True, file=terminal)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    os.close(terminal)
+    return device_for(threads=threads)
 
 
 def random_weights(spec: MoeSpec, seed: int) -> ExpertWeights:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels.devices import device_for
 from kt_core import hardware
 from kt_core.interfaces import ExpertWeights
 from kt_core.quant import BUILT_IN_FORMATS
-from kt_core.types import Capabilities, DeviceInfo, Element, MoeSpec
+from kt_core.types import MoeSpec
 from kt_cpu import CpuBackend, _kernels
 from kt_cpu.backend import CpuDevice
 from kt_cpu.kernel import CpuExpertKernel
@@ -28,32 +28,11 @@ SPEC = MoeSpec(num_experts=4, hidden_size=256, intermediate_size=320)
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
 TASKS = Path("/proc/self/task")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Torch's idle threads spin, on the cores that are under test; the tensors here are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_deadlock(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Waiting for ever is the bug to expect here: say where, and end."""
-    with capfd.disabled():
-        terminal = os.dup(2)
-    faulthandler.dump_traceback_later(120, exit=True, file=terminal)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    os.close(terminal)
+pytestmark = pytest.mark.usefixtures("no_deadlock")
 
 
 def open_device(topology: Topology) -> CpuDevice:
-    info = DeviceInfo(name="cpu", description="test", torch_device="cpu", memory_bytes=1 << 34)
-    isa = _kernels.select_isa("")
-    capabilities = Capabilities(elements=frozenset(Element), instruction_set=isa)
-    return CpuDevice(info, capabilities, len(topology.threads), topology)
+    return device_for(topology=topology)
 
 
 def pinned(*cpus: tuple[int, ...]) -> Topology:
