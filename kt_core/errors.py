@@ -19,6 +19,10 @@ class BackendUnavailableError(KtError):
     """The backend exists, but this machine cannot run it."""
 
 
+class DeviceError(KtError):
+    """An accelerator, or its runtime, failed or refused."""
+
+
 class UnsupportedModelError(KtError):
     """The model cannot be run: not a Mixture of Experts, or no adapter understands it."""
 

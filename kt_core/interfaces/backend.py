@@ -9,6 +9,7 @@ from typing import Self
 
 from kt_core.errors import UnsupportedDenseError
 from kt_core.interfaces.expert_kernel import ExpertKernel
+from kt_core.interfaces.host_functions import HostFunctions
 from kt_core.interfaces.linear_kernel import LinearKernel
 from kt_core.types import (
     ActivationPrecision,
@@ -70,15 +71,21 @@ class Backend(ABC):
 class ExpertDevice(ABC):
     """A device in use by one engine: owns threads, streams and the kernels made from it.
 
+    A device whose ``info.torch_device`` is not the host computes behind it, in torch's current
+    stream, as torch's own operators do.
+
     Attributes:
         info: Which device it is.
         capabilities: What it can do.
         threads: Host threads it computes with.
+        host_functions: Calls host functions in order of a stream; None for a device without
+            streams, or whose runtime cannot: the host then waits for the stream instead.
     """
 
     info: DeviceInfo
     capabilities: Capabilities
     threads: int
+    host_functions: HostFunctions | None = None
 
     @abstractmethod
     def expert_bytes(self, spec: MoeSpec, weight_format: Format) -> int:

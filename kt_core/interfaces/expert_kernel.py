@@ -86,7 +86,10 @@ class Ticket(ABC):
 
     @abstractmethod
     def wait(self) -> torch.Tensor:
-        """Block until the work is done and return ``[tokens, hidden]`` in the hidden states' type.
+        """Return ``[tokens, hidden]`` in the hidden states' type and on their device.
+
+        Blocks until the work is done; on a device with streams it does not block, and the result
+        is there for what is put into the stream of ``submit`` afterwards.
 
         Raises:
             RuntimeError: The computation failed; the message says how.
@@ -104,11 +107,13 @@ class ExpertKernel(ABC):
         weight_format: How the weights are stored.
         trains: Whether ``submit_training`` and ``backward`` can be called. As the device's
             ``Capabilities.trains``.
+        moves_packed: Whether ``packed`` and ``load_packed`` can be called.
     """
 
     spec: MoeSpec
     weight_format: Format
     trains: bool = False
+    moves_packed: bool = False
 
     @property
     @abstractmethod
@@ -134,6 +139,38 @@ class ExpertKernel(ABC):
                 tensor has another format, or a weight or scale is NaN or infinite.
         """
 
+    def packed(self, expert: int) -> torch.Tensor:
+        """Return a resident expert's packed bytes, ``[bytes]`` uint8, on the kernel's device.
+
+        They lie as kt_core/packed/ describes, the same on every device. Where the kernel keeps
+        them in one piece this is a view, which must not be written to and is valid until the
+        expert is unloaded or loaded again; else a copy.
+
+        Raises:
+            ValueError: ``expert`` is not resident, or ``moves_packed`` is False.
+        """
+        raise ValueError(self._why_unmoved(expert))
+
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        """Make an expert resident with bytes that ``packed`` of another kernel returned: a copy.
+
+        On a device with streams the copy is put into the current stream, and the host does not
+        wait where ``packed`` is pinned; the expert counts as resident for what is put into that
+        stream afterwards. The tensor must not change before the copy is done.
+
+        Raises:
+            ValueError: ``expert`` is out of range, ``packed`` is not ``[bytes]`` uint8 of this
+                layer's packed experts, or ``moves_packed`` is False.
+        """
+        del packed
+        raise ValueError(self._why_unmoved(expert))
+
+    def _why_unmoved(self, expert: int) -> str:
+        return (
+            f"{type(self).__name__} cannot move expert {expert} as packed bytes: load its weights "
+            f"instead"
+        )
+
     @abstractmethod
     def unload(self, expert: int) -> None:
         """Give the memory of one expert back; does nothing when it is not resident."""
@@ -148,7 +185,9 @@ class ExpertKernel(ABC):
     ) -> Ticket:
         """Start ``out[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](hidden[t])``.
 
-        The tensors must stay unchanged until the ticket is waited for.
+        The tensors must stay unchanged until the ticket is waited for. On a device with streams
+        the work is put into the current one, and ids are never read by the host: there an expert
+        that is not resident adds nothing, and so does an id that no expert has.
 
         Args:
             hidden: ``[tokens, hidden]``, bfloat16, float16 or float32, any ``tokens >= 0``.

@@ -1,0 +1,30 @@
+"""Calls of host functions in the order of a device's stream: how the host's experts join in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HostFunctions(ABC):
+    """Puts calls of C functions into streams: ``cudaLaunchHostFunc`` and its like."""
+
+    @abstractmethod
+    def launch(self, stream: torch.Stream, function: int, argument: int) -> None:
+        """Let a thread of the vendor's runtime call ``function(argument)`` in order of ``stream``.
+
+        It is called once all earlier work of the stream is done, and later work waits until it
+        returns. While the stream is captured nothing is called: each replay of the graph calls it.
+        It calls nothing of the vendor's runtime and needs no GIL, or streams would stand still.
+
+        Args:
+            stream: A stream of the device.
+            function: Address of a ``void function(void* argument)``, which must not raise.
+            argument: Address that it gets; what lies there must outlive the call, and the graph.
+
+        Raises:
+            kt_core.errors.DeviceError: The runtime refused; the message has its code.
+        """
