@@ -55,7 +55,7 @@ inline void TransposedPanels(const TransposedArgs& args) {
       } else {
         const Unpacked w{{{reinterpret_cast<const uint8_t*>(weights[0]), nullptr},
                           {reinterpret_cast<const uint8_t*>(weights[1]), nullptr}}};
-        WideBf16<M>(w, {0, t.group_cols}, t, a, Prefetch{}, sums);
+        WideBf16<M>(w, {0, t.group_cols}, t, a, Prefetch(), sums);
       }
       for (int m = 0; m < M; ++m) {
         const size_t i = at + static_cast<size_t>(m);

@@ -51,6 +51,16 @@ inline void AddToOut(const DownArgs& args, size_t panel, const PairSums* sums, i
   }
 }
 
+// The two panels behind these; behind the last ones of a call, what the caller wants.
+inline PairArgs PairAt(const uint8_t* first, bool is_pair, bool is_last, const MatrixLayout& m,
+                       const ActivationRows& rows, size_t count, const Wanted (&next)[2],
+                       uint8_t* unpacked) {
+  PairArgs pair{first, is_pair ? first + m.panel_bytes : nullptr, {}, &m, &rows, count, unpacked};
+  pair.next[0] = is_last ? next[0] : Wanted{first + 2 * m.panel_bytes, 2 * m.panel_bytes};
+  if (is_last) pair.next[1] = next[1];
+  return pair;
+}
+
 // Panels first..last-1 in twos. A pair is a gate panel and its up panel, or two neighbours.
 template <class Product>
 inline void GateUpPanels(const GateUpArgs& args, const CallScratch& scratch) {
@@ -63,14 +73,10 @@ inline void GateUpPanels(const GateUpArgs& args, const CallScratch& scratch) {
   for (size_t p = args.first_panel; p < args.last_panel; p += stride) {
     const bool is_pair = e.has_gate || p + 1 < args.last_panel;
     const uint8_t* first = args.expert + (e.has_gate ? e.GatePanel(p) : e.UpPanel(p));
-    const PairArgs pair{first,
-                        is_pair ? first + e.up.panel_bytes : nullptr,
-                        p + stride < args.last_panel,
-                        &e.up,
-                        &args.hidden,
-                        args.count,
-                        scratch.unpacked};
-    MultiplyPair<Product>(pair, row, scratch.sums);
+    const bool is_last = p + stride >= args.last_panel;
+    MultiplyPair<Product>(
+        PairAt(first, is_pair, is_last, e.up, args.hidden, args.count, args.next, scratch.unpacked),
+        row, scratch.sums);
     if (e.has_bias) AddGateUpBias(args, p, is_pair, scratch.sums);
     if (e.has_gate) StoreGated(args, p, scratch.sums);
     else StoreUngated(args, p, is_pair, scratch.sums);
@@ -84,14 +90,10 @@ inline void DownPanels(const DownArgs& args, const CallScratch& scratch) {
   for (size_t p = args.first_panel; p < args.last_panel; p += 2) {
     const bool is_pair = p + 1 < args.last_panel;
     const uint8_t* first = args.expert + e.DownPanel(p);
-    const PairArgs pair{first,
-                        is_pair ? first + e.down.panel_bytes : nullptr,
-                        p + 2 < args.last_panel,
-                        &e.down,
-                        &args.inter,
-                        args.count,
-                        scratch.unpacked};
-    MultiplyPair<Product>(pair, row, scratch.sums);
+    const bool is_last = p + 2 >= args.last_panel;
+    MultiplyPair<Product>(PairAt(first, is_pair, is_last, e.down, args.inter, args.count, args.next,
+                                 scratch.unpacked),
+                          row, scratch.sums);
     for (int n = 0; n < (is_pair ? 2 : 1); ++n)
       AddToOut(args, p + static_cast<size_t>(n), scratch.sums, n);
   }

@@ -152,12 +152,23 @@ void ForwardJob::GateUp(const LayerPart& part, size_t first, size_t last) noexce
     const Scratch::ActiveExpert& active = scratch_->active[first / units];
     const size_t unit = first % units;
     const size_t end = std::min(units, unit + (last - first));
+    Wanted next{};
+    if (first + (end - unit) < last)
+      next = {part.At(scratch_->active[first / units + 1].expert), 2 * e.up.panel_bytes};
     layer_.kernels_.gate_up(
-        {part.At(active.expert), &e, hidden_rows_, scratch_->tokens.data() + active.first,
-         active.count, layer_.spec_.activation,
-         scratch_->inter.data() + active.first * inter_stride_ + part.first_up * kPanel, nullptr,
-         inter_stride_, unit * panels_per_unit, std::min(end * panels_per_unit, e.up.panels),
-         unpacked});
+        {part.At(active.expert),
+         &e,
+         hidden_rows_,
+         scratch_->tokens.data() + active.first,
+         active.count,
+         layer_.spec_.activation,
+         scratch_->inter.data() + active.first * inter_stride_ + part.first_up * kPanel,
+         nullptr,
+         inter_stride_,
+         unit * panels_per_unit,
+         std::min(end * panels_per_unit, e.up.panels),
+         unpacked,
+         {next, {}}});
     first += end - unit;
   }
 }
@@ -176,12 +187,29 @@ void ForwardJob::Down(const LayerPart& part, size_t first_panel, size_t last_pan
   float* out = scratch_->out.data() + part.first_down * args_.tokens * kPanel;
   std::memset(out + first_panel * args_.tokens * kPanel, 0,
               (last_panel - first_panel) * args_.tokens * kPanel * sizeof(float));
-  for (const Scratch::ActiveExpert& active : scratch_->active) {
+  for (size_t a = 0; a < scratch_->active.size(); ++a) {
+    const Scratch::ActiveExpert& active = scratch_->active[a];
     ActivationRows rows = inter_rows_;
     rows.data += active.first * rows.row_bytes;
-    layer_.kernels_.down({part.At(active.expert), &e, rows, scratch_->tokens.data() + active.first,
-                          scratch_->weights.data() + active.first, active.count, out, args_.tokens,
-                          first_panel, last_panel, unpacked});
+    // An expert has few panels here: its first ones, and its rows, are a good part of it all.
+    Wanted panels{}, next_rows{};
+    if (a + 1 < scratch_->active.size()) {
+      const Scratch::ActiveExpert& next = scratch_->active[a + 1];
+      panels = {part.At(next.expert) + e.DownPanel(first_panel), 2 * e.down.panel_bytes};
+      next_rows = {inter_rows_.data + next.first * rows.row_bytes, next.count * rows.row_bytes};
+    }
+    layer_.kernels_.down({part.At(active.expert),
+                          &e,
+                          rows,
+                          scratch_->tokens.data() + active.first,
+                          scratch_->weights.data() + active.first,
+                          active.count,
+                          out,
+                          args_.tokens,
+                          first_panel,
+                          last_panel,
+                          unpacked,
+                          {panels, next_rows}});
   }
   StoreOut(part.first_down + first_panel, part.first_down + last_panel);
 }

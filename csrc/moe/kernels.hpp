@@ -83,6 +83,12 @@ struct PrepareArgs {
   ActivationRows rows;
 };
 
+// Bytes that whoever calls will want next; they are brought into the L2 cache meanwhile. 0: none.
+struct Wanted {
+  const uint8_t* at;
+  size_t bytes;
+};
+
 // inter[i, n] = act(gate[n] . x[tokens[i]] + bias, up[n] . x[tokens[i]] + bias), for the 16 *
 // panels outputs of panels first_panel..last_panel-1 of one expert.
 struct GateUpArgs {
@@ -99,6 +105,7 @@ struct GateUpArgs {
   size_t inter_stride;
   size_t first_panel, last_panel;
   uint8_t* scratch;  // Kernels::scratch_bytes(), aligned to 64
+  Wanted next[2];    // besides the panels of this call
 };
 
 // out[h, tokens[i]] += weights[i] * (down[h] . inter[i] + bias), for those panels of one expert.
@@ -115,6 +122,7 @@ struct DownArgs {
   size_t out_tokens;  // of the whole batch
   size_t first_panel, last_panel;
   uint8_t* scratch;  // Kernels::scratch_bytes(), aligned to 64
+  Wanted next[2];    // besides the panels of this call
 };
 
 // The matrix that a transposed product multiplies with: inputs and outputs have changed places, and

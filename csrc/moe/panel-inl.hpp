@@ -119,13 +119,6 @@ inline void AddMinimums(const PairArgs& args, const Row& row, PairSums* sums) {
     }
 }
 
-// The two panels behind these, spread over `steps` steps.
-inline Prefetch PrefetchNext(const PairArgs& args, size_t steps) {
-  const size_t bytes = 2 * args.layout->panel_bytes;
-  const uint8_t* next = args.first + bytes;
-  return {next, next + (args.has_next ? bytes : 0), bytes / kRowBytes / steps + 1};
-}
-
 #ifdef KT_HAS_TILES
 // Rows of activations lie one after another here: GateUp() sees to it, and Down()'s always do.
 template <class Product, class Row>
@@ -133,14 +126,14 @@ inline void MultiplyWide(const PairArgs& args, const Row& row, PairSums* sums) {
   const Unpacked w = UnpackPair<Product>(args, {0, args.layout->padded_cols});
   const size_t blocks = (args.count + kTileTokens - 1) / kTileTokens;
   const size_t steps = args.layout->padded_cols / Product::TileInputs(*args.layout);
-  Prefetch prefetch = PrefetchNext(args, blocks * steps);
+  Prefetch prefetch(args.next, blocks * steps);
   // All blocks have this many tokens, so that tiles are shaped once. The last one begins within the
   // block before it and computes some sums again.
   const Tiles tiles((args.count + blocks - 1) / blocks, Product::TileBytes(*args.layout));
   for (size_t next = 0; next < args.count; next += tiles.tokens()) {
     const size_t last = args.count - tiles.tokens(), first = next < last ? next : last;
     Product::Tiled(tiles, w, *args.layout, *args.rows, row(first), prefetch, sums + first);
-    prefetch.at += prefetch.lines_per_step * kRowBytes * steps;
+    prefetch.Skip(steps);
   }
 }
 #else
@@ -149,21 +142,19 @@ inline void MultiplyWide(const PairArgs& args, const Row& row, PairSums* sums) {
   constexpr int kMax = Product::kWideBlock;
   const MatrixLayout& m = *args.layout;
   const size_t passes = (args.count + kMax - 1) / kMax;
-  Prefetch prefetch = PrefetchNext(args, passes * (m.padded_cols / Product::kInputsPerStep));
-  memset(sums, 0, args.count * sizeof *sums);
+  Prefetch prefetch(args.next, passes * (m.padded_cols / Product::kInputsPerStep));
   const size_t inputs = RangeInputs(m, Product::kBytesPerInput);
   for (InputRange range{0, inputs}; range.first < m.padded_cols;
        range = {range.last, range.last + inputs}) {
     if (range.last > m.padded_cols) range.last = m.padded_cols;
     const Unpacked w = UnpackPair<Product>(args, range);
-    const size_t prefetched = prefetch.lines_per_step * kRowBytes *
-                              ((range.last - range.first) / Product::kInputsPerStep);
+    const size_t steps = (range.last - range.first) / Product::kInputsPerStep;
     ForTokenBlocks<(kMax + 1) / 2, kMax>(args.count, [&](size_t first, auto size) {
       constexpr int M = decltype(size)::kValue;
       const uint8_t* a[M];
       for (int i = 0; i < M; ++i) a[i] = row(first + static_cast<size_t>(i));
       Product::template Wide<M>(args, w, range, a, prefetch, sums + first);
-      prefetch.at += prefetched;
+      prefetch.Skip(steps);
     });
   }
 }

@@ -19,7 +19,7 @@ class PanelWriter {
 // What two panels (or one, where `second` is null) are multiplied with.
 struct PairArgs {
   const uint8_t *first, *second;  // packed panels
-  bool has_next;                  // the bytes behind them will be wanted next
+  Wanted next[2];                 // after them
   const MatrixLayout* layout;
   const ActivationRows* rows;
   size_t count;  // at most kMaxTokens

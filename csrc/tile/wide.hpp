@@ -19,23 +19,42 @@ struct Unpacked {
   UnpackedPanel panels[2];
 };
 
-// Bytes that will be wanted soon. A pass over the weights asks for a few lines in every step: all
-// at once they would fill the load queue, and the dot products would wait.
-struct Prefetch {
-  const uint8_t *at, *end;
-  size_t lines_per_step;
+// Brings what is wanted next into the L2 cache. A pass over the weights asks for a few lines in
+// every step: all at once they would fill the load queue, and the dot products would wait.
+class Prefetch {
+ public:
+  Prefetch() : Prefetch({{}, {}}, 1) {}
+  Prefetch(const Wanted (&next)[2], size_t steps)
+      : first_lines_(Lines(next[0])),
+        lines_(first_lines_ + Lines(next[1])),
+        lines_per_step_(lines_ / steps + 1),
+        first_(next[0].at),
+        second_(next[1].at - first_lines_ * kRowBytes) {}
 
   void Step() {
-    for (size_t i = 0; i < lines_per_step && at < end; ++i, at += kRowBytes)
-      __builtin_prefetch(at, 0, 2);
+    for (size_t i = 0; i < lines_per_step_ && line_ < lines_; ++i, ++line_)
+      __builtin_prefetch((line_ < first_lines_ ? first_ : second_) + line_ * kRowBytes, 0, 2);
   }
+  void Skip(size_t steps) { line_ += steps * lines_per_step_; }
+
+ private:
+  static size_t Lines(Wanted wanted) { return (wanted.bytes + kRowBytes - 1) / kRowBytes; }
+
+  size_t line_ = 0;
+  size_t first_lines_, lines_, lines_per_step_;
+  const uint8_t *first_, *second_;  // the second one as if it began at line 0
 };
 
-// sums[m][n] += the products of a range, for M tokens and two panels.
+// sums[m][n] += the products of a range, for M tokens and two panels; = those of the first range.
 using PairSums = float[2][kPanel];
 
+// The sums so far: none before the first range.
 template <int M>
-inline void LoadSums(const PairSums* from, F32 (&sums)[M][2]) {
+inline void LoadSums(const PairSums* from, InputRange range, F32 (&sums)[M][2]) {
+  if (range.first == 0) {
+    for (auto& token : sums) token[0] = token[1] = F32::Set(0.0f);
+    return;
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
     sums[m][0] = F32::Load(from[m][0]), sums[m][1] = F32::Load(from[m][1]);
@@ -91,7 +110,7 @@ template <class Format, bool kIsGrouped, int kStep, int M>
   const int scale_shift = __builtin_ctzll(rows.group / kStep);
   size_t s = range.first / kStep;
   F32 sums[M][2];  // not `out`: the compiler would store it in every step
-  LoadSums(out, sums);
+  LoadSums(out, range, sums);
   ForPairGroups<Format, kIsGrouped>(panel, to_second, range, layout, [&](PairOfRows p, size_t n) {
     for (const size_t end = s + n / kStep; s < end; ++s) {
       I32 acc[M][2];
@@ -133,11 +152,11 @@ template <int M>
   const uint8_t *left_row = w.panels[0].weights, *right_row = w.panels[1].weights;
   for (size_t k = range.first; k < range.last;) {
     F32 acc[M][2];
-    if (scales[0] == nullptr) LoadSums(out, acc);
+    const InputRange group{k, scales[0] ? k + layout.group_cols : range.last};
+    if (scales[0] == nullptr) LoadSums(out, range, acc);
     else
       for (auto& token : acc) token[0] = token[1] = F32::Set(0.0f);
-    const size_t end = scales[0] ? k + layout.group_cols : range.last;
-    while (k < end) {
+    while (k < group.last) {
       prefetch.Step();
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r, k += 2, left_row += kRowBytes, right_row += kRowBytes) {
@@ -154,10 +173,12 @@ template <int M>
     }
     const F32 left = F32::Load(scales[0]), right = F32::Load(scales[1]);
     scales[0] += kPanel, scales[1] += kPanel;
+    F32 sums[M][2];
+    LoadSums(out, group, sums);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      MulAdd(acc[m][0], left, F32::Load(out[m][0])).Store(out[m][0]);
-      MulAdd(acc[m][1], right, F32::Load(out[m][1])).Store(out[m][1]);
+      MulAdd(acc[m][0], left, sums[m][0]).Store(out[m][0]);
+      MulAdd(acc[m][1], right, sums[m][1]).Store(out[m][1]);
     }
   }
 }
