@@ -50,7 +50,8 @@ class RuntimeHostFunctions(HostFunctions):
 
     def launch(self, stream: torch.Stream, function: int, argument: int) -> None:
         """See ``HostFunctions.launch``."""
-        code = self._launch(stream.native_handle, function, argument)
+        handle = stream.native_handle  # type: ignore[attr-defined]  # torch 2.13 does not list it
+        code = self._launch(handle, function, argument)
         if code != 0:
             words = f" ({self._describe(code)})" if self._describe is not None else ""
             msg = (
