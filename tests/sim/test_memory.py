@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from sim.host_calls import Note
 
 from kt_sim.native import NativeDevice
 
@@ -86,8 +87,7 @@ def test_freed_memory_is_used_again_at_once_in_its_stream() -> None:
 
 def reuse_while_another_stream_reads(*, recorded: bool) -> torch.Tensor:
     """Let a stream wait, free what it will read, and overwrite that memory meanwhile."""
-    from host_calls import Note
-
+    torch.accelerator.empty_cache()  # or the next of its size might be another
     source = torch.ones(MIB, device="sim")
     torch.accelerator.synchronize()
     reader, note = torch.Stream("sim"), Note()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from host_calls import Note
+from sim.host_calls import Note
 
 from kt_core.errors import DeviceError
 from kt_sim.native import NativeDevice
@@ -138,10 +138,10 @@ def test_kernels_take_the_time_of_bytes_and_operations(device: NativeDevice) -> 
 
 
 def test_streams_wait_for_events() -> None:
-    first, note = held_stream()
-    second = torch.Stream("sim")
     value = torch.zeros(4, device="sim")
     torch.accelerator.synchronize()
+    first, note = held_stream()
+    second = torch.Stream("sim")
     with first:
         value.fill_(3)
     second.wait_stream(first)

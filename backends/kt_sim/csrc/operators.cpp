@@ -5,7 +5,6 @@
 #include "operators.hpp"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
@@ -19,6 +18,7 @@
 #include "current.hpp"
 #include "failure.hpp"
 #include "generator.hpp"
+#include "resize.hpp"
 
 namespace kt_sim {
 namespace {
@@ -137,7 +137,7 @@ class Call {
       try {
         return run_later(predict());
       } catch (const Unpredictable& reason) {
-        why_not = reason.why;
+        why_not = reason.why.substr(0, reason.why.find('\n'));
       }
     }
     return run_now(why_not);
@@ -163,7 +163,7 @@ class Call {
       if (!writes(schema_.arguments()[i]) || !arguments_[i].isTensor()) continue;
       const at::Tensor& mine = arguments_[i].toTensor();
       if (mine.defined() && mine.sizes() != given[i].toTensor().sizes()) {
-        at::native::resize_(mine, given[i].toTensor().sizes());
+        resize(mine, given[i].toTensor().sizes());
       }
     }
     return found;
