@@ -22,8 +22,6 @@ from kt_core.quant import ReferenceFormat
 from kt_core.types import ActivationPrecision, Format, MoeSpec
 from kt_sim.device import launch, start
 
-_MATRICES = ("gate", "up", "down")
-
 
 class SimTicket(Ticket):
     """Work in a stream. The result may be used by whatever is put into that stream later."""
@@ -78,14 +76,16 @@ class SimExpertKernel(ExpertKernel):
         check_expert(self.spec, expert)
         check_weights(self.spec, self.weight_format, weights)
         check_finite(weights)
-        matrices = {name: self._quantized(getattr(weights, name)) for name in _MATRICES}
-        packed = pack(replace(weights, **matrices), self.spec, self.weight_format)
-        self._put(expert, packed)
+        quantized = replace(
+            weights,
+            gate=None if weights.gate is None else self._quantized(weights.gate),
+            up=self._quantized(weights.up),
+            down=self._quantized(weights.down),
+        )
+        self._put(expert, pack(quantized, self.spec, self.weight_format))
 
-    def _quantized(self, weight: torch.Tensor | QuantizedTensor | None) -> QuantizedTensor | None:
-        if isinstance(weight, torch.Tensor):
-            return self._format.quantize(weight)
-        return weight
+    def _quantized(self, weight: torch.Tensor | QuantizedTensor) -> QuantizedTensor:
+        return weight if isinstance(weight, QuantizedTensor) else self._format.quantize(weight)
 
     def packed(self, expert: int) -> torch.Tensor:
         """See ``ExpertKernel.packed``; a view."""
@@ -170,7 +170,7 @@ class _Layer:
         addresses = table.tolist()
         summed = torch.zeros(hidden.shape, dtype=torch.float32)
         moved, pairs = sum(t.nbytes for t in (hidden, expert_ids, weights, out)), 0
-        for expert in ids.unique().tolist():
+        for expert in sorted(set(ids.flatten().tolist())):
             if not 0 <= expert < spec.num_experts or addresses[expert] == 0:
                 continue  # somebody else's, or nobody's
             packed = start().bytes_at(addresses[expert], packed_bytes)
