@@ -137,7 +137,7 @@ def test_backends(kt: Kt, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = backends["cpu"]
     assert (cpu["name"], cpu["plugin"], cpu["why_unavailable"]) == ("cpu", "cpu", None)
     # Nothing is compiled in this test's cache.
-    assert "run `python -m kt_sim.build`" in backends["sim"]["why_unavailable"]
+    assert "run `python -m kt_sim`" in backends["sim"]["why_unavailable"]
     assert {"bf16", "int8", "int4-g32"} <= set(cpu["devices"][0]["formats"])
     assert "int4-g32" in kt("backends").succeeds()
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kt_core.errors import BackendUnavailableError
+from kt_core.packed.codec import pack
+from kt_core.quant import BUILT_IN_FORMATS
+from kt_core.testing.backend_harness import random_layer
+from kt_core.types import MoeSpec
 from kt_sim import Settings, SimBackend, build
+from kt_sim.decoded import DecodedExpert, DecodedExperts
 from kt_sim.settings import VARIABLE, from_environment, parse
 
 
@@ -25,7 +32,7 @@ def test_it_says_how_to_compile_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "why_not_buildable", lambda: None)
     reason = SimBackend().why_unavailable()
     assert reason is not None
-    assert "run `python -m kt_sim.build`" in reason
+    assert "run `python -m kt_sim`" in reason
 
 
 def test_it_says_what_is_missing_to_compile_it(
@@ -116,3 +123,29 @@ def test_bad_files_are_refused(text: str, tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"machine\.yml|devices must be a number"):
         parse(str(file))
+
+
+def test_decoded_experts_are_those_of_the_bytes_and_no_more_than_fit() -> None:
+    spec = MoeSpec(num_experts=3, hidden_size=64, intermediate_size=32)
+    weight_format = BUILT_IN_FORMATS[0]
+    packed = []
+    for weights in random_layer(spec).values():
+        quantized = {
+            name: weight_format.quantize(getattr(weights, name)) for name in ("gate", "up", "down")
+        }
+        packed.append(pack(replace(weights, **quantized), spec, weight_format.descriptor))
+    expert_bytes = packed[0].nbytes + 4 * spec.weights_per_expert
+    decoded = DecodedExperts(2 * expert_bytes)
+
+    def get(address: int, index: int) -> DecodedExpert:
+        return decoded.get(address, packed[index], spec, weight_format.descriptor)
+
+    first = get(0, 0)
+    assert get(0, 0) is first
+    assert torch.equal(get(0, 1).up, get(64, 1).up), "other bytes came to the same address"
+    assert torch.equal(get(0, 0).up, first.up)
+    newest = get(128, 2)  # 64 was used longest ago
+    assert get(128, 2) is newest
+    assert get(0, 0) is get(0, 0)
+    assert get(64, 1) is not newest
+    assert get(128, 2) is not newest, "a third would be more than fits"
