@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sim.host_calls import Note
 
 from kt_core.errors import DeviceError
 from kt_core.interfaces import ExpertDevice, ExpertKernel
@@ -14,6 +13,7 @@ from kt_core.types import MoeSpec
 from kt_sim import SimBackend
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
+from sim.host_calls import Note
 
 pytestmark = pytest.mark.sim
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from sim.host_calls import Note
 
 from kt_sim.native import NativeDevice
+from sim.host_calls import Note
 
 pytestmark = pytest.mark.sim
 MIB = 2**20

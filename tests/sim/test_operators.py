@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sim.host_calls import Note
 from torch import nn
 
 from kt_sim.native import NativeDevice
+from sim.host_calls import Note
 
 pytestmark = pytest.mark.sim
 

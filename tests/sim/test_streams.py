@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
-from sim.host_calls import Note
 
 from kt_core.errors import DeviceError
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
+from sim.host_calls import Note
 
 pytestmark = pytest.mark.sim
 
