@@ -14,6 +14,7 @@
 #include "isa/dispatch.hpp"
 #include "moe/expert_layer.hpp"
 #include "moe/forward_job.hpp"
+#include "moe/stream_call.hpp"
 
 namespace py = pybind11;
 
@@ -286,6 +287,19 @@ void BindLayer(py::module_& m) {
           py::arg("expert_ids"), py::arg("weights"), py::arg("out"), py::arg("tokens"),
           py::arg("top_k"))
       .def(
+          "stream_call",
+          [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
+             kt::Precision precision, uintptr_t ids, uintptr_t weights, uintptr_t out,
+             size_t tokens, size_t top_k) {
+            return std::make_unique<kt::StreamCall>(
+                layer, kt::ForwardArgs{Pointer<const void>(hidden), type, precision,
+                                       Pointer<const int64_t>(ids), Pointer<const float>(weights),
+                                       Pointer<void>(out), tokens, top_k});
+          },
+          py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
+          py::arg("expert_ids"), py::arg("weights"), py::arg("out"), py::arg("tokens"),
+          py::arg("top_k"), "As submit, but started and joined by a stream.")
+      .def(
           "submit_lora",
           [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
              kt::Precision precision, uintptr_t ids, uintptr_t weights, uintptr_t out,
@@ -319,6 +333,16 @@ void BindLayer(py::module_& m) {
           py::kw_only(), py::arg("hidden"), py::arg("type"), py::arg("precision"),
           py::arg("expert_ids"), py::arg("weights"), py::arg("tokens"), py::arg("top_k"),
           py::arg("lora"), py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"));
+}
+
+void BindStreamCall(py::module_& m) {
+  py::class_<kt::StreamCall>(m, "StreamCall")
+      .def_property_readonly(
+          "address", [](kt::StreamCall& call) { return reinterpret_cast<uintptr_t>(&call); })
+      .def("take_error", &kt::StreamCall::TakeError);
+  // The functions that a stream calls with that address.
+  m.attr("stream_call_start") = reinterpret_cast<uintptr_t>(&kt::StreamCall::Start);
+  m.attr("stream_call_join") = reinterpret_cast<uintptr_t>(&kt::StreamCall::Join);
 }
 
 void BindLinear(py::module_& m) {
@@ -405,5 +429,6 @@ PYBIND11_MODULE(_kernels, m) {
 
   BindDevice(m);
   BindLayer(m);
+  BindStreamCall(m);
   BindLinear(m);
 }

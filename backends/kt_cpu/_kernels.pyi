@@ -91,6 +91,14 @@ class Ticket:
 class PackedBytes:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class StreamCall:
+    @property
+    def address(self) -> int: ...
+    def take_error(self) -> str: ...
+
+stream_call_start: int
+stream_call_join: int
+
 class ExpertLayer:
     def __init__(self, device: Device, spec: LayerSpec) -> None: ...
     def load(
@@ -123,6 +131,18 @@ class ExpertLayer:
         tokens: int,
         top_k: int,
     ) -> Ticket: ...
+    def stream_call(
+        self,
+        *,
+        hidden: int,
+        type: DType,
+        precision: Precision,
+        expert_ids: int,
+        weights: int,
+        out: int,
+        tokens: int,
+        top_k: int,
+    ) -> StreamCall: ...
     def submit_lora(
         self,
         *,

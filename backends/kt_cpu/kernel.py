@@ -10,6 +10,7 @@ from kt_core.interfaces import (
     ExpertGradients,
     ExpertKernel,
     ExpertWeights,
+    HostCall,
     LoraWeights,
     QuantizedTensor,
     Ticket,
@@ -156,6 +157,25 @@ class CpuTicket(Ticket):
         self._ticket.wait()
 
 
+class CpuHostCall(HostCall):
+    """A forward pass that a stream starts and joins. Keeps the tensors it reads and writes."""
+
+    start = _kernels.stream_call_start
+    join = _kernels.stream_call_join
+
+    def __init__(self, call: _kernels.StreamCall, keep: tuple[torch.Tensor, ...]) -> None:
+        """Take the tensors that must outlive the call."""
+        self._call = call
+        self._keep = keep
+        self.argument = call.address
+
+    def raise_error(self) -> None:
+        """See ``HostCall.raise_error``."""
+        if why := self._call.take_error():
+            msg = f"experts on the cpu failed: {why}"
+            raise RuntimeError(msg)
+
+
 class CpuExpertKernel(ExpertKernel):
     """See ``ExpertKernel``; the precision ``auto`` follows the type of the hidden states."""
 
@@ -259,6 +279,30 @@ class CpuExpertKernel(ExpertKernel):
             out=out.data_ptr(),
         )
         return CpuTicket(ticket, out, hidden.dtype, pairs.tensors)
+
+    def host_call(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> HostCall:
+        """See ``ExpertKernel.host_call``."""
+        pairs = self._pairs(hidden, expert_ids, weights)
+        given = (hidden, expert_ids, weights)
+        copied = [a.data_ptr() != b.data_ptr() for a, b in zip(pairs.tensors, given, strict=True)]
+        if any(copied) or out.dtype is not hidden.dtype or not out.is_contiguous():
+            msg = (
+                "a host call reads bfloat16 or float32 hidden states, int64 ids and float32 "
+                "weights where they are, in one piece: convert them before"
+            )
+            raise ValueError(msg)
+        call = self._layer.stream_call(
+            **pairs.addresses(),
+            precision=self._compute_precision(hidden.dtype),
+            out=out.data_ptr(),
+        )
+        return CpuHostCall(call, (*given, out))
 
     def submit_training(
         self,

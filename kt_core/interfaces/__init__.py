@@ -10,7 +10,7 @@ from kt_core.interfaces.expert_kernel import (
     LoraWeights,
     Ticket,
 )
-from kt_core.interfaces.host_functions import HostFunctions
+from kt_core.interfaces.host_functions import HostCall, HostFunctions
 from kt_core.interfaces.linear_kernel import LinearKernel
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
@@ -35,6 +35,7 @@ __all__ = [
     "ExpertKernel",
     "ExpertWeights",
     "ExpertsSite",
+    "HostCall",
     "HostFunctions",
     "LinearKernel",
     "LoraWeights",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kt_core.errors import UnsupportedTrainingError
+from kt_core.interfaces.host_functions import HostCall
 from kt_core.interfaces.weight_format import QuantizedTensor
 from kt_core.types import ActivationPrecision, Format, MoeSpec
 
@@ -199,6 +200,28 @@ class ExpertKernel(ABC):
             ValueError: A shape or type is wrong, an id is outside ``-1..num_experts-1``, or an
                 expert is not resident.
         """
+
+    def host_call(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> HostCall | None:
+        """Return ``submit`` as two host functions, for an accelerator's stream to call.
+
+        Each time the stream comes past, ``out`` is computed of what the other tensors hold then.
+        They must outlive the call. By default None: this kernel cannot, and the host waits for the
+        stream instead.
+
+        Args:
+            hidden: ``[tokens, hidden]``, bfloat16 or float32, in host memory, as all of them.
+            expert_ids: ``[tokens, k]`` int64.
+            weights: ``[tokens, k]`` float32.
+            out: ``[tokens, hidden]``, of the hidden states' type.
+        """
+        del hidden, expert_ids, weights, out
+        return None
 
     def submit_training(
         self,

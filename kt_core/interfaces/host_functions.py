@@ -28,3 +28,25 @@ class HostFunctions(ABC):
         Raises:
             kt_core.errors.DeviceError: The runtime refused; the message has its code.
         """
+
+
+class HostCall(ABC):
+    """A forward pass on the host that a stream starts and joins: see ``ExpertKernel.host_call``.
+
+    Attributes:
+        start: Address of the function that starts it and returns at once.
+        join: Address of the function that returns when the output is there.
+        argument: What both of them get.
+    """
+
+    start: int
+    join: int
+    argument: int
+
+    @abstractmethod
+    def raise_error(self) -> None:
+        """Raise what went wrong since the last time, once the stream has come past ``join``.
+
+        Raises:
+            RuntimeError: The call failed, and its output was zeros; the message says why.
+        """

@@ -20,14 +20,26 @@ class HybridExperts(nn.Module):
     same tokens, with the pairs of the others' experts marked -1, and starts at once; the results
     are added in the order of the kernels, so that the sum does not depend on who is first.
 
+    Which expert lives where is a table on the device of the hidden states, read and changed in
+    order of its stream: experts may move while earlier calls are under way.
+
     Attributes:
         spec: Shape and activation of the experts.
-        kernels: Who computes them.
+        kernels: Who computes them; all take hidden states of ``device``.
+        device: Where hidden states lie.
+        counts: ``[num_experts]`` int64 on that device, to which the pairs of each call are added;
+            None to count nothing.
         weight: Empty tensor that tells where the module lives; PEFT looks for it.
         lora: Low-rank additions to the projections, or None; whoever trains them owns them.
     """
 
-    def __init__(self, spec: MoeSpec, kernels: Sequence[ExpertKernel]) -> None:
+    def __init__(
+        self,
+        spec: MoeSpec,
+        kernels: Sequence[ExpertKernel],
+        *,
+        device: torch.device | None = None,
+    ) -> None:
         """Take the kernels; experts that none of them holds yet belong to the first."""
         super().__init__()
         if not kernels:
@@ -35,20 +47,35 @@ class HybridExperts(nn.Module):
             raise ValueError(msg)
         self.spec = spec
         self.kernels = tuple(kernels)
-        self.weight = torch.empty(0, device="cpu")
+        self.device = device or torch.device("cpu")
+        self.counts: torch.Tensor | None = None
+        self.weight = torch.empty(0, device=self.device)
         self.lora: LoraWeights | None = None
         self._home: torch.Tensor | None = None
         self._numbers = [number_of(kernel) for kernel in self.kernels]
         self.refresh_placement()
 
     def refresh_placement(self) -> None:
-        """Ask the kernels again which experts they hold; call it after experts moved."""
+        """Ask the kernels again which experts they hold; call it after experts moved.
+
+        Not while a move is under way, when two of them hold one: see ``move_home``.
+        """
         if len(self.kernels) == 1:
             return
         home = torch.zeros(self.spec.num_experts, dtype=torch.int64)
         for index, kernel in enumerate(self.kernels):
             home[sorted(kernel.resident())] = index
-        self._home = home
+        if self._home is None:
+            self._home = home.to(self.device)
+        else:
+            self._home.copy_(home)
+
+    def move_home(self, expert: int, kernel: int) -> None:
+        """Let ``kernels[kernel]`` compute an expert, for calls that the stream has not begun."""
+        if self._home is None:
+            msg = f"all experts live on {type(self.kernels[0]).__name__}"
+            raise ValueError(msg)
+        self._home[expert].fill_(kernel)
 
     def forward(
         self,
@@ -63,6 +90,8 @@ class HybridExperts(nn.Module):
             top_k_index: ``[tokens, k]`` expert ids.
             top_k_weights: ``[tokens, k]`` routing weights.
         """
+        if self.counts is not None:
+            self._count(top_k_index.reshape(-1).to(torch.int64))
         if self._needs_gradient(hidden_states, top_k_weights):
             return self._differentiable(hidden_states, top_k_index, top_k_weights)
         tickets = [
@@ -73,6 +102,12 @@ class HybridExperts(nn.Module):
         for ticket in tickets[1:]:
             out = out + ticket.wait()
         return out
+
+    def _count(self, chosen: torch.Tensor) -> None:
+        """Add pairs to ``counts``; ids that no expert has, which models use for "none", to none."""
+        assert self.counts is not None
+        known = chosen.clamp(0, self.spec.num_experts - 1)
+        self.counts.scatter_add_(0, known, (known == chosen).to(torch.int64))
 
     def _needs_gradient(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
         """Whether autograd, the compiler or LoRA needs the operator rather than the kernels.

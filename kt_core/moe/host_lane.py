@@ -1,0 +1,223 @@
+"""The way of a layer's cold pairs from an accelerator's stream to the host and back.
+
+The stream copies hidden states, ids and weights to pinned memory, calls the host to start, computes
+what else there is, calls the host again to join, and copies the output back. Nobody on the host
+waits for the stream, ids are read by the called function only, and a stream that is captured
+records all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kt_core.interfaces import ExpertKernel, ExpertWeights, HostCall, HostFunctions, Ticket
+from kt_core.types import ActivationPrecision
+
+# Calls of one layer that are kept: each number of tokens has its own.
+_MOST_CALLS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PairBuffers:
+    """What a host call reads and writes, in pinned memory, for some number of tokens.
+
+    Attributes:
+        hidden: ``[tokens, hidden]``.
+        expert_ids: ``[tokens, k]`` int64.
+        weights: ``[tokens, k]`` float32.
+        out: ``[tokens, hidden]``.
+    """
+
+    hidden: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    out: torch.Tensor
+
+    def first(self, tokens: int) -> PairBuffers:
+        """Return the part of the first tokens, a view."""
+        return PairBuffers(
+            self.hidden[:tokens], self.expert_ids[:tokens], self.weights[:tokens], self.out[:tokens]
+        )
+
+
+class PinnedBuffers:
+    """Pinned memory that the layers of one engine share: a stream passes one after the other.
+
+    Layers whose calls may be under way at the same time need one of these each.
+    """
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._buffers: dict[tuple[int, int, torch.dtype], PairBuffers] = {}
+
+    def take(self, tokens: int, k: int, hidden_size: int, dtype: torch.dtype) -> PairBuffers:
+        """Return room for so many tokens. What a larger request leaves behind lives with its calls."""
+        key = (k, hidden_size, dtype)
+        held = self._buffers.get(key)
+        if held is None or len(held.hidden) < tokens:
+            room = 1 << max(tokens - 1, 0).bit_length()
+            held = PairBuffers(
+                hidden=torch.empty(room, hidden_size, dtype=dtype, pin_memory=True),
+                expert_ids=torch.empty(room, k, dtype=torch.int64, pin_memory=True),
+                weights=torch.empty(room, k, dtype=torch.float32, pin_memory=True),
+                out=torch.empty(room, hidden_size, dtype=dtype, pin_memory=True),
+            )
+            self._buffers[key] = held
+        return held.first(tokens)
+
+
+class HostLane(ExpertKernel):
+    """A host kernel that takes and returns tensors of an accelerator, in order of its stream."""
+
+    def __init__(
+        self,
+        kernel: ExpertKernel,
+        device: torch.device,
+        host_functions: HostFunctions | None,
+        buffers: PinnedBuffers,
+    ) -> None:
+        """Stand for ``kernel`` on ``device``.
+
+        Args:
+            kernel: Computes on the host.
+            device: Where hidden states come from.
+            host_functions: The device's; None where the host must wait for the stream.
+            buffers: Shared by all layers of an engine.
+        """
+        self.spec = kernel.spec
+        self.weight_format = kernel.weight_format
+        self.kernel = kernel
+        self._device = device
+        self._host_functions = host_functions
+        self._buffers = buffers
+        self._calls: dict[tuple[int, int, torch.dtype], tuple[HostCall, PairBuffers]] = {}
+        self._captured: list[HostCall] = []
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """See ``ExpertKernel.bytes_per_expert``: bytes of host memory."""
+        return self.kernel.bytes_per_expert
+
+    def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision | None:
+        """See ``ExpertKernel.precision_for``."""
+        return self.kernel.precision_for(hidden_type)
+
+    def load(self, expert: int, weights: ExpertWeights) -> None:
+        """See ``ExpertKernel.load``."""
+        self.kernel.load(expert, weights)
+
+    def unload(self, expert: int) -> None:
+        """See ``ExpertKernel.unload``; at once: no stream may want the expert any more."""
+        self.kernel.unload(expert)
+
+    def resident(self) -> frozenset[int]:
+        """See ``ExpertKernel.resident``."""
+        return self.kernel.resident()
+
+    def submit(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> Ticket:
+        """See ``ExpertKernel.submit``; the tensors lie on the device."""
+        tokens, k = expert_ids.shape
+        if tokens == 0:
+            return _Done(torch.empty_like(hidden))
+        dtype = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
+        call, buffers = self._call(tokens, k, dtype)
+        buffers.hidden.copy_(hidden.to(dtype), non_blocking=True)
+        buffers.expert_ids.copy_(expert_ids.to(torch.int64), non_blocking=True)
+        buffers.weights.copy_(weights.to(torch.float32), non_blocking=True)
+        stream = torch.accelerator.current_stream(self._device)
+        if call is None or self._host_functions is None:
+            stream.synchronize()
+            return _Waited(
+                self.kernel.submit(buffers.hidden, buffers.expert_ids, buffers.weights), hidden
+            )
+        self._host_functions.launch(stream, call.start, call.argument)
+        return _Called(self._host_functions, call, buffers.out, hidden)
+
+    def raise_error(self) -> None:
+        """Raise what went wrong in a call that the stream has come past.
+
+        Raises:
+            RuntimeError: A call failed; its output was zeros.
+        """
+        for call in (*(call for call, _ in self._calls.values()), *self._captured):
+            call.raise_error()
+
+    def _call(
+        self, tokens: int, k: int, dtype: torch.dtype
+    ) -> tuple[HostCall | None, PairBuffers]:
+        key = (tokens, k, dtype)
+        if (held := self._calls.get(key)) is not None:
+            return held
+        buffers = self._buffers.take(tokens, k, self.spec.hidden_size, dtype)
+        call = self.kernel.host_call(
+            buffers.hidden, buffers.expert_ids, buffers.weights, buffers.out
+        )
+        if call is None:
+            return None, buffers
+        if torch.accelerator.current_stream(self._device).is_capturing():
+            self._captured.append(call)  # the graph calls it as long as it lives
+            return call, buffers
+        if len(self._calls) >= _MOST_CALLS:
+            torch.accelerator.synchronize(self._device)  # none of them is under way
+            self.raise_error()
+            self._calls.clear()
+        self._calls[key] = (call, buffers)
+        return call, buffers
+
+
+class _Done(Ticket):
+    """Nothing was to be done."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self._out = out
+
+    def wait(self) -> torch.Tensor:
+        return self._out
+
+
+class _Called(Ticket):
+    """A call that the stream has started, or will."""
+
+    def __init__(
+        self,
+        host_functions: HostFunctions,
+        call: HostCall,
+        out: torch.Tensor,
+        like: torch.Tensor,
+    ) -> None:
+        self._host_functions: HostFunctions | None = host_functions
+        self._call = call
+        self._out = out
+        self._like = like
+        self._stream = torch.accelerator.current_stream(like.device)
+
+    def wait(self) -> torch.Tensor:
+        """Let the stream join the call and copy its output."""
+        self._join()
+        out = torch.empty_like(self._like)
+        out.copy_(self._out.to(device=out.device, non_blocking=True))
+        return out
+
+    def _join(self) -> None:
+        if self._host_functions is not None:
+            self._host_functions.launch(self._stream, self._call.join, self._call.argument)
+            self._host_functions = None
+
+    def __del__(self) -> None:
+        """Join what nobody waited for: the buffers will be used again."""
+        self._join()
+
+
+class _Waited(Ticket):
+    """Work that the host started itself, after it had waited for the stream."""
+
+    def __init__(self, ticket: Ticket, like: torch.Tensor) -> None:
+        self._ticket = ticket
+        self._like = like
+
+    def wait(self) -> torch.Tensor:
+        return self._ticket.wait().to(device=self._like.device, dtype=self._like.dtype)
