@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kt_sim.device import launch
 from kt_sim.native import NativeDevice
 from sim.host_calls import Note
 
@@ -156,3 +157,42 @@ def test_calls_leave_nothing_behind() -> None:
         step()
     assert torch.accelerator.memory_allocated(0) == held
     assert torch.accelerator.memory_reserved(0) == reserved
+
+
+# --8<-- [start:kernel]
+def double(x: torch.Tensor) -> torch.Tensor:
+    """Put a kernel into the current stream of x's device."""
+
+    def kernel(source: torch.Tensor, target: torch.Tensor) -> tuple[float, float, bool]:
+        torch.mul(source, 2, out=target)  # both on the CPU, over the device's bytes
+        return source.nbytes + target.nbytes, source.numel(), False
+
+    out = torch.empty_like(x)
+    launch(kernel, [x, out], "double")
+    return out
+
+
+# --8<-- [end:kernel]
+
+
+def test_a_kernel_of_ones_own(device: NativeDevice) -> None:
+    x = torch.arange(4.0).to("sim")
+    stream = torch.Stream("sim")
+    graph = torch.accelerator.Graph()
+    with stream, graph:
+        y = double(x)
+    x.fill_(5)
+    graph.replay()
+    torch.accelerator.synchronize()
+    assert y.tolist() == [10, 10, 10, 10]
+    with pytest.raises(RuntimeError, match="all tensors of kernel double must be on one simulated"):
+        launch(lambda *_: (0, 0, False), [x, torch.ones(1)], "double")
+
+    def broken(_: torch.Tensor) -> tuple[float, float, bool]:
+        msg = "not like this"
+        raise ValueError(msg)
+
+    launch(broken, [x], "broken")
+    with pytest.raises(RuntimeError, match="kernel broken failed: ValueError: not like this"):
+        torch.accelerator.synchronize()
+    device.revive(0)

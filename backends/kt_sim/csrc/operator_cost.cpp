@@ -1,10 +1,11 @@
+#include "operator_cost.hpp"
+
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
 #include <unordered_map>
 
 #include "arguments.hpp"
-#include "operators.hpp"
 
 namespace kt_sim {
 namespace {
