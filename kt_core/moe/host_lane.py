@@ -88,6 +88,7 @@ class HostLane(ExpertKernel):
         """
         self.spec = kernel.spec
         self.weight_format = kernel.weight_format
+        self.moves_packed = kernel.moves_packed
         self.kernel = kernel
         self._device = device
         self._host_functions = host_functions
@@ -107,6 +108,14 @@ class HostLane(ExpertKernel):
     def load(self, expert: int, weights: ExpertWeights) -> None:
         """See ``ExpertKernel.load``."""
         self.kernel.load(expert, weights)
+
+    def packed(self, expert: int) -> torch.Tensor:
+        """See ``ExpertKernel.packed``: in host memory."""
+        return self.kernel.packed(expert)
+
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        """See ``ExpertKernel.load_packed``: from host memory, and at once."""
+        self.kernel.load_packed(expert, packed)
 
     def unload(self, expert: int) -> None:
         """See ``ExpertKernel.unload``; at once: no stream may want the expert any more."""
@@ -146,9 +155,7 @@ class HostLane(ExpertKernel):
         for call in (*(call for call, _ in self._calls.values()), *self._captured):
             call.raise_error()
 
-    def _call(
-        self, tokens: int, k: int, dtype: torch.dtype
-    ) -> tuple[HostCall | None, PairBuffers]:
+    def _call(self, tokens: int, k: int, dtype: torch.dtype) -> tuple[HostCall | None, PairBuffers]:
         key = (tokens, k, dtype)
         if (held := self._calls.get(key)) is not None:
             return held
@@ -198,9 +205,8 @@ class _Called(Ticket):
     def wait(self) -> torch.Tensor:
         """Let the stream join the call and copy its output."""
         self._join()
-        out = torch.empty_like(self._like)
-        out.copy_(self._out.to(device=out.device, non_blocking=True))
-        return out
+        there = self._out.to(device=self._like.device, non_blocking=True)
+        return there.to(self._like.dtype)
 
     def _join(self) -> None:
         if self._host_functions is not None:

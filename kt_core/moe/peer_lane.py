@@ -17,6 +17,7 @@ class PeerLane(ExpertKernel):
         """Stand for ``kernel``, which computes on ``device``, wherever hidden states come from."""
         self.spec = kernel.spec
         self.weight_format = kernel.weight_format
+        self.moves_packed = kernel.moves_packed
         self.kernel = kernel
         self._device = device
 
@@ -28,6 +29,14 @@ class PeerLane(ExpertKernel):
     def load(self, expert: int, weights: ExpertWeights) -> None:
         """See ``ExpertKernel.load``."""
         self.kernel.load(expert, weights)
+
+    def packed(self, expert: int) -> torch.Tensor:
+        """See ``ExpertKernel.packed``."""
+        return self.kernel.packed(expert)
+
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        """See ``ExpertKernel.load_packed``."""
+        self.kernel.load_packed(expert, packed)
 
     def unload(self, expert: int) -> None:
         """See ``ExpertKernel.unload``."""
@@ -41,7 +50,9 @@ class PeerLane(ExpertKernel):
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> Ticket:
         """See ``ExpertKernel.submit``."""
-        there = (tensor.to(self._device, non_blocking=True) for tensor in (hidden, expert_ids, weights))
+        there = (
+            tensor.to(self._device, non_blocking=True) for tensor in (hidden, expert_ids, weights)
+        )
         return _Back(self.kernel.submit(*there), hidden.device)
 
 

@@ -1,0 +1,185 @@
+"""Moves experts between the host and accelerators while a model runs.
+
+An expert moves in steps that follow each other without anybody waiting: its bytes are copied in a
+stream of their own; when they are there, the next step of the model begins with the new home; when
+no earlier step can want the old copy any more, it goes. Between steps of the model ``advance``
+looks what has come to pass. So for a while an expert lies twice in memory, and never nowhere.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+import torch
+
+from kt_core.interfaces import ExpertId, ExpertKernel, Swap
+from kt_core.moe.hybrid_experts import HybridExperts
+
+if TYPE_CHECKING:
+    from kt_core.interfaces.placement_policy import Mask
+
+# The place of the host among the kernels of every layer.
+HOST = 0
+
+
+class _Stage(Enum):
+    WAITING = auto()  # for room on the accelerator
+    COPYING = auto()
+    LEAVING = auto()  # at home in the new place; earlier steps may use the old copy
+
+
+@dataclass(slots=True)
+class _Move:
+    expert: ExpertId
+    target: int  # among the layer's kernels
+    room_for: tuple[ExpertId, ...] = ()  # evicted first
+    stage: _Stage = _Stage.WAITING
+    staged: torch.Tensor | None = None
+    event: torch.Event | None = None
+
+
+class ExpertMover:
+    """The experts of one engine that are on their way.
+
+    Attributes:
+        bytes_to_device: Copied to accelerators so far.
+        bytes_to_host: Copied back.
+        moves: Experts that have arrived.
+    """
+
+    def __init__(self, layers: Sequence[HybridExperts], device: torch.device) -> None:
+        """Take the layers: ``kernels[0]`` on the host, the others on accelerators.
+
+        Args:
+            layers: In the order of ``ExpertId.layer``.
+            device: Whose stream the model runs in.
+        """
+        self._layers = tuple(layers)
+        self._device = device
+        self._copies = torch.Stream(device=device)
+        self._moves: deque[_Move] = deque()
+        self._staging: dict[int, list[torch.Tensor]] = {}
+        self.bytes_to_device = 0
+        self.bytes_to_host = 0
+        self.moves = 0
+
+    def load_now(self, expert: ExpertId, target: int) -> None:
+        """Move an expert from the host before the model runs, and wait until it is there."""
+        layer = self._layers[expert.layer]
+        host, accelerator = layer.kernels[HOST], layer.kernels[target]
+        with self._copies:
+            accelerator.load_packed(expert.expert, host.packed(expert.expert))
+        self._copies.synchronize()
+        host.unload(expert.expert)
+
+    def begin(self, swaps: Sequence[Swap], target: int = 1) -> None:
+        """Begin to move experts. Returns at once.
+
+        Args:
+            swaps: Experts to load, each with those that make room for it.
+            target: The kernel that gets them, among those of their layers.
+        """
+        for load, evicted in swaps:
+            for expert in evicted:
+                home = self._home_of(expert)
+                self._start_copy(_Move(expert, HOST), source=home)
+            self._moves.append(_Move(load, target, evicted))
+
+    def resident(self, shape: tuple[int, int]) -> Mask:
+        """Return ``[layers, experts]``: what will lie on accelerators when all moves are done."""
+        import numpy as np
+
+        mask = np.zeros(shape, dtype=np.bool_)
+        for index, layer in enumerate(self._layers):
+            for kernel in layer.kernels[1:]:
+                mask[index, sorted(kernel.resident())] = True
+        for move in self._moves:
+            mask[move.expert] = move.target != HOST
+        return mask
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._moves
+
+    def advance(self) -> None:
+        """Take every move as far as it can go without waiting. Call it between steps."""
+        for move in list(self._moves):
+            match move.stage:
+                case _Stage.WAITING:
+                    if not any(self._is_moving(expert) for expert in move.room_for):
+                        self._moves.remove(move)
+                        self._start_copy(move, source=HOST)
+                case _Stage.COPYING if move.event is not None and move.event.query():
+                    self._change_home(move)
+                case _Stage.LEAVING if move.event is not None and move.event.query():
+                    self._leave(move)
+                case _:
+                    pass
+
+    def finish(self) -> None:
+        """Wait until nothing is on its way."""
+        while self._moves:
+            torch.accelerator.synchronize(self._device)
+            self._copies.synchronize()
+            self.advance()
+
+    def _is_moving(self, expert: ExpertId) -> bool:
+        return any(move.expert == expert for move in self._moves)
+
+    def _home_of(self, expert: ExpertId) -> int:
+        kernels = self._layers[expert.layer].kernels
+        return next(
+            index for index in range(1, len(kernels)) if expert.expert in kernels[index].resident()
+        )
+
+    def _start_copy(self, move: _Move, source: int) -> None:
+        kernels = self._layers[move.expert.layer].kernels
+        from_kernel, to_kernel = kernels[source], kernels[move.target]
+        packed = from_kernel.packed(move.expert.expert)
+        move.staged = self._take_staging(packed.numel())
+        if move.target == HOST:
+            with self._copies:
+                move.staged.copy_(packed, non_blocking=True)
+            self.bytes_to_host += packed.numel()
+        else:
+            move.staged.copy_(packed)
+            with self._copies:
+                to_kernel.load_packed(move.expert.expert, move.staged)
+            self.bytes_to_device += packed.numel()
+        move.stage, move.event = _Stage.COPYING, self._copies.record_event()
+        self._moves.append(move)
+
+    def _change_home(self, move: _Move) -> None:
+        """Let the steps that begin now find the expert in its new place."""
+        layer = self._layers[move.expert.layer]
+        if move.target == HOST:
+            assert move.staged is not None
+            layer.kernels[HOST].load_packed(move.expert.expert, move.staged)
+        layer.move_home(move.expert.expert, move.target)
+        stream = torch.accelerator.current_stream(self._device)
+        move.stage, move.event = _Stage.LEAVING, stream.record_event()
+
+    def _leave(self, move: _Move) -> None:
+        """Give the old copy's memory back."""
+        self._moves.remove(move)
+        kernels = self._layers[move.expert.layer].kernels
+        for index, kernel in enumerate(kernels):
+            if index != move.target and move.expert.expert in kernel.resident():
+                self._unload(kernel, move.expert.expert)
+        assert move.staged is not None
+        self._staging.setdefault(move.staged.numel(), []).append(move.staged)
+        self.moves += 1
+
+    def _unload(self, kernel: ExpertKernel, expert: int) -> None:
+        # In the stream of the copies: the next expert's are ordered behind it.
+        with self._copies:
+            kernel.unload(expert)
+
+    def _take_staging(self, size: int) -> torch.Tensor:
+        held = self._staging.get(size)
+        return held.pop() if held else torch.empty(size, dtype=torch.uint8, pin_memory=True)
