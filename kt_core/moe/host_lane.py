@@ -53,7 +53,7 @@ class PinnedBuffers:
         self._buffers: dict[tuple[int, int, torch.dtype], PairBuffers] = {}
 
     def take(self, tokens: int, k: int, hidden_size: int, dtype: torch.dtype) -> PairBuffers:
-        """Return room for so many tokens. What a larger request leaves behind lives with its calls."""
+        """Return room for so many tokens. Outgrown buffers live as long as calls that use them."""
         key = (k, hidden_size, dtype)
         held = self._buffers.get(key)
         if held is None or len(held.hidden) < tokens:
