@@ -34,12 +34,14 @@ class TensorInfo:
         dtype: The format's own word: ``BF16``, ``F32``, ``F8_E4M3`` ...
         shape: Its dimensions.
         size_bytes: Bytes it takes in the file.
+        offset: Where in the file they begin.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     size_bytes: int
+    offset: int = 0
 
 
 class Checkpoint:
@@ -203,8 +205,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         )
         raise CheckpointError(msg)
     _check_header(file)
+    first = _LENGTH_BYTES + length
     return {
-        name: TensorInfo(file=file, dtype=dtype, shape=shape, size_bytes=end - begin)
+        name: TensorInfo(
+            file=file, dtype=dtype, shape=shape, size_bytes=end - begin, offset=first + begin
+        )
         for name, (dtype, shape, begin, end) in entries.items()
     }
 

@@ -13,12 +13,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
-from kt_core.checkpoint import open_checkpoint
+from kt_core.checkpoint import open_checkpoint, open_packed
 from kt_core.engine.chat import load_tokenizer, prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
-from kt_core.engine.model_files import adapters_for, model_config, read_config, resolve_model
+from kt_core.engine.model_files import (
+    adapters_for,
+    model_config,
+    parse_config,
+    read_config,
+    resolve_model,
+)
+from kt_core.engine.packed_loading import check_asked_format
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats
 from kt_core.engine.text_stream import Decoder, TextStream
@@ -80,6 +87,9 @@ def load(
         dense_format, registry, backend.capabilities(device_info.name), device_info.name
     )
     directory = resolve_model(model, registry, progress)
+    packed_experts = open_packed(directory, parse_config(directory / "config.json"))
+    if packed_experts:
+        check_asked_format(packed_experts, format, registry)
     config_dict = read_config(directory)
     config = model_config(directory, config_dict, registry)
     checkpoint = open_checkpoint(directory)
@@ -95,6 +105,7 @@ def load(
             precision=chosen_precision,
             progress=progress,
             dense=DenseLoader(opened, packed, chosen_precision) if packed else None,
+            packed=packed_experts,
         )
         loaded = load_model(directory, config, loader, dtype)
     except BaseException:

@@ -7,7 +7,7 @@ is read or memory is taken: experts found, shapes right, format possible, room e
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +18,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kt_core import hardware
-from kt_core.checkpoint import Checkpoint
+from kt_core.checkpoint import Checkpoint, PackedDirectory
+from kt_core.checkpoint.packed_directory import MappedExperts
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.model_files import model_class
+from kt_core.engine.packed_loading import check_packed_sites, most_common, packed_formats
 from kt_core.engine.sites import find_sites, split_tied
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import (
@@ -40,7 +42,7 @@ from kt_core.interfaces import (
 from kt_core.moe.hybrid_experts import HybridExperts
 from kt_core.plan.fitting import first_that_fits, format_names, packed_bytes
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision
+from kt_core.types import ActivationPrecision, Format
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +51,36 @@ _FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 @dataclass(slots=True)
 class LoadedSite:
-    """One experts module and where its weights come from."""
+    """One experts module and where its weights come from.
+
+    Attributes:
+        site: The module.
+        kernel: Who computes it.
+        tensors: Of a checkpoint, by the parameter's name.
+        mapped: Of a packed model directory, instead.
+    """
 
     site: ExpertsSite
-    tensors: dict[str, ExpertTensors]
     kernel: ExpertKernel
+    tensors: dict[str, ExpertTensors] = field(default_factory=dict)
+    mapped: MappedExperts | None = None
+
+    def load(self, expert: int) -> None:
+        """Read and pack one expert, or map it.
+
+        Raises:
+            CheckpointError: A number is NaN or infinite.
+        """
+        if self.mapped is not None:
+            self.kernel.map_packed(expert, self.mapped.expert(expert))
+            return
+        rows = {name: tensors.read(expert) for name, tensors in self.tensors.items()}
+        try:
+            self.kernel.load(expert, self.site.expert_weights(rows))
+        except ValueError as error:
+            names = [name for tensors in self.tensors.values() for name in tensors.names(expert)]
+            msg = f"expert {expert} of {self.site.module_name}: {error} (from {', '.join(names)})"
+            raise CheckpointError(msg) from error
 
 
 @dataclass(slots=True)
@@ -69,6 +96,8 @@ class ExpertLoader:
         precision: What becomes of the hidden states.
         progress: Told how far it has come.
         dense: Packs dense layers, too; None where they stay as the checkpoint has them.
+        packed: Where the experts are packed already; None for a checkpoint.
+        weight_format: Of the experts, of most of them where layers differ; set by ``prepare``.
     """
 
     checkpoint: Checkpoint
@@ -79,6 +108,7 @@ class ExpertLoader:
     precision: ActivationPrecision
     progress: Progress
     dense: DenseLoader | None = None
+    packed: PackedDirectory | None = None
     weight_format: WeightFormat | None = None
     sites: list[LoadedSite] = field(default_factory=list)
     dense_shapes: dict[str, torch.Size] = field(default_factory=dict)
@@ -90,19 +120,23 @@ class ExpertLoader:
         """
         sites = find_sites(model, self.adapters)
         own, tied = split_tied(model, sites)
-        wanted = {
-            f"{site.parameter_prefix}.{name}": _rows(model, site, name)
-            for site in own
-            for name in site.parameters
-        }
+        wanted = {} if self.packed else expert_parameters(model, own)
         dense = self.dense.choose(model, sites) if self.dense else ()
         sources = find_sources(self.checkpoint, model, {*wanted, *dense})
         tensors = index_experts(sources, model, wanted)
-        _check_tensors(self.checkpoint, model, own, tensors)
+        if self.packed:
+            check_packed_sites(self.packed, own, self.device)
+        else:
+            check_tensors(self.checkpoint, model, own, tensors)
         if self.dense:
             self.dense.replace(model, sources)
-        self.weight_format = self._choose_format(model, own)
-        self._replace(model, own, tied, tensors)
+        if self.packed:
+            formats = packed_formats(self.packed, own)
+            self.weight_format = most_common(formats.values(), self.registry)
+        else:
+            self.weight_format = self._choose_format(model, own)
+            formats = {s.parameter_prefix: self.weight_format.descriptor for s in own}
+        self._replace(model, own, tied, tensors, formats)
         self.dense_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def fill(self) -> None:
@@ -114,7 +148,7 @@ class ExpertLoader:
         if self.dense:
             self._run("packed dense layers", self.dense.tasks())
         experts = [
-            partial(_load_expert, loaded, expert)
+            partial(loaded.load, expert)
             for loaded in self.sites
             for expert in range(loaded.site.spec.num_experts)
         ]
@@ -172,16 +206,19 @@ class ExpertLoader:
         own: list[ExpertsSite],
         tied: list[tuple[str, ExpertsSite]],
         tensors: dict[str, ExpertTensors],
+        formats: Mapping[str, Format],
     ) -> None:
-        assert self.weight_format is not None
         kernels: dict[str, ExpertKernel] = {}
         for site in own:
-            kernel = self.device.expert_kernel(
-                site.spec, self.weight_format.descriptor, precision=self.precision
-            )
-            kernels[site.parameter_prefix] = kernel
-            parts = {name: tensors[f"{site.parameter_prefix}.{name}"] for name in site.parameters}
-            self.sites.append(LoadedSite(site, parts, kernel))
+            prefix = site.parameter_prefix
+            kernel = self.device.expert_kernel(site.spec, formats[prefix], precision=self.precision)
+            kernels[prefix] = kernel
+            loaded = LoadedSite(site, kernel)
+            if self.packed:
+                loaded.mapped = self.packed.experts(prefix, self.checkpoint)
+            else:
+                loaded.tensors = {name: tensors[f"{prefix}.{name}"] for name in site.parameters}
+            self.sites.append(loaded)
         for site in own:
             _swap(model, site, kernels[site.parameter_prefix])
         for owner, site in tied:
@@ -252,23 +289,13 @@ def _check_loaded(
             raise CheckpointError(msg)
 
 
-def _load_expert(loaded: LoadedSite, expert: int) -> None:
-    rows = {name: tensors.read(expert) for name, tensors in loaded.tensors.items()}
-    try:
-        loaded.kernel.load(expert, loaded.site.expert_weights(rows))
-    except ValueError as error:
-        names = [name for tensors in loaded.tensors.values() for name in tensors.names(expert)]
-        msg = f"expert {expert} of {loaded.site.module_name}: {error} (from {', '.join(names)})"
-        raise CheckpointError(msg) from error
+def expert_parameters(model: PreTrainedModel, sites: Iterable[ExpertsSite]) -> dict[str, int]:
+    """How many experts each parameter holds: more than compute, in models with identity experts."""
+    names = [f"{site.parameter_prefix}.{name}" for site in sites for name in site.parameters]
+    return {name: int(model.get_parameter(name).shape[0]) for name in names}
 
 
-def _rows(model: PreTrainedModel, site: ExpertsSite, name: str) -> int:
-    """How many experts the parameter holds: more than compute, in models with identity experts."""
-    parameter = model.get_parameter(f"{site.parameter_prefix}.{name}")
-    return int(parameter.shape[0])
-
-
-def _check_tensors(
+def check_tensors(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     sites: list[ExpertsSite],

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kt_core.checkpoint.packed_config import METHOD
 from kt_core.errors import (
     CheckpointError,
     ModelSourceError,
@@ -99,7 +100,7 @@ def _number_or_dict(value: dict[str, Any]) -> Any:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json.
+    """Return config.json, without the ``quantization_config`` of a model that kt packed.
 
     Raises:
         CheckpointError: As ``parse_config``.
@@ -109,6 +110,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     if stored := next(filter(None, (part.get("quantization_config") for part in parts)), None):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        if method == METHOD and not stored.get("dense"):  # see kt_core.checkpoint.open_packed
+            return {name: value for name, value in config.items() if name != "quantization_config"}
         msg = (
             f"the {config['model_type']!r} checkpoint in {directory} is quantised already "
             f"(quant_method {method!r}). This version reads bf16, float16 and float32 weights: "

@@ -24,6 +24,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kt_core.errors import CheckpointError
+
 _log = logging.getLogger(__name__)
 
 METHOD = "kt"
@@ -33,8 +35,11 @@ METHOD = "kt"
 class KtLoadingConfig(QuantizationConfigMixin):
     """Carries our loader into ``from_pretrained``; nothing of it is ever saved."""
 
-    def __init__(self, prepare: Callable[[PreTrainedModel], None] | None = None) -> None:
-        """Take the function that replaces modules."""
+    def __init__(
+        self, prepare: Callable[[PreTrainedModel], None] | None = None, **stored: Any
+    ) -> None:
+        """Take the function that replaces modules; ``stored`` is what a packed model says."""
+        del stored
         self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration of theirs
         self.prepare = prepare
 
@@ -64,7 +69,12 @@ class KtQuantizer(HfQuantizer):
         del kwargs
         config = self.quantization_config
         assert isinstance(config, KtLoadingConfig)
-        assert config.prepare is not None
+        if config.prepare is None:
+            msg = (
+                f"the experts of {model.config.name_or_path} are packed by kt, which transformers "
+                "cannot read alone: load it with `kt_core.load`, or run it with `kt run`"
+            )
+            raise CheckpointError(msg)
         config.prepare(model)
         return model
 
