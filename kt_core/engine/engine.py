@@ -25,6 +25,7 @@ from kt_core.engine.model_files import (
     read_config,
     resolve_model,
 )
+from kt_core.engine.packed_cache import cached
 from kt_core.engine.packed_loading import check_asked_format
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats
@@ -54,6 +55,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     precision: ActivationPrecision | str = ActivationPrecision.AUTO,
     dense_format: str = "none",
+    cache: bool = False,
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
@@ -70,6 +72,8 @@ def load(
         dense_format: Weight format of attention, dense MLPs, shared experts and the output head,
             which are then computed by the device, too; ``none`` leaves them to torch as the
             checkpoint has them. Routers, norms and embeddings always stay.
+        cache: Pack the experts into ``$XDG_CACHE_HOME/kt/packed`` first, where the next start
+            finds them; ``format`` must be named.
         registry: The plug-ins; None loads the installed ones.
         progress: Told how far loading has come.
 
@@ -87,6 +91,9 @@ def load(
         dense_format, registry, backend.capabilities(device_info.name), device_info.name
     )
     directory = resolve_model(model, registry, progress)
+    if cache and open_packed(directory, parse_config(directory / "config.json")) is None:
+        with backend.open(device_info.name, threads=threads) as packer:
+            directory = cached(directory, registry, format, packer, progress)
     packed_experts = open_packed(directory, parse_config(directory / "config.json"))
     if packed_experts:
         check_asked_format(packed_experts, format, registry)

@@ -576,7 +576,7 @@ def test_ctrl_c_starts_no_more_experts(checkpoint: Path, monkeypatch: pytest.Mon
             assert fraction < 1
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_load_expert", slow)
+    monkeypatch.setattr(loading.LoadedSite, "load", slow)
     with pytest.raises(KeyboardInterrupt):
         load(checkpoint, progress=interrupt)
     assert 0 < len(started) < 3 * 8
