@@ -13,14 +13,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
-from kt_core.checkpoint import open_checkpoint
 from kt_core.engine.chat import load_tokenizer, prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, read_config, resolve_model
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats
+from kt_core.engine.stored_checkpoint import open_stored, without_quantization
 from kt_core.engine.text_stream import Decoder, TextStream
 from kt_core.errors import (
     InvalidRequestError,
@@ -55,7 +56,7 @@ def load(
     Args:
         model: A model directory, a registered name such as ``demo``, or a hub id.
         format: Weight format of the routed experts; ``auto`` takes the first of bf16, int8 and
-            int4 that fits into memory.
+            int4 that fits into memory, and leaves experts that are quantised as they are.
         device: Where experts are computed; ``auto`` takes the best there is.
         threads: Host threads for the experts and for torch; None for one per physical core.
         dtype: Type of the dense part; ``auto`` follows the checkpoint.
@@ -81,8 +82,8 @@ def load(
     )
     directory = resolve_model(model, registry, progress)
     config_dict = read_config(directory)
-    config = model_config(directory, config_dict, registry)
-    checkpoint = open_checkpoint(directory)
+    config = model_config(directory, without_quantization(config_dict), registry)
+    checkpoint = open_stored(directory, config_dict, registry)
     tokenizer = load_tokenizer(directory, config)
     opened = backend.open(device_info.name, threads=threads)
     try:
@@ -259,7 +260,6 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return how the model was loaded."""
         loader = self._loader
-        assert loader.weight_format is not None
         device = loader.device
         sites = [loaded.site for loaded in loader.sites]
         kernels = [loaded.kernel for loaded in loader.sites]
@@ -267,7 +267,7 @@ class Engine:
         return EngineStats(
             model=str(self._directory),
             model_type=self.model.config.model_type,
-            format=loader.weight_format.descriptor.name,
+            format=formats_name(loader.formats.values()),
             device=device.info.name,
             isa=device.capabilities.instruction_set,
             threads=device.threads,

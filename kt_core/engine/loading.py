@@ -21,8 +21,10 @@ from kt_core import hardware
 from kt_core.checkpoint import Checkpoint
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
 from kt_core.engine.sites import find_sites, split_tied
+from kt_core.engine.stored_experts import StoredExperts, find_stored
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import (
     CheckpointError,
@@ -35,12 +37,11 @@ from kt_core.interfaces import (
     ExpertsSite,
     ModelAdapter,
     Progress,
-    WeightFormat,
 )
 from kt_core.moe.hybrid_experts import HybridExperts
-from kt_core.plan.fitting import first_that_fits, format_names, packed_bytes
+from kt_core.plan.fitting import first_that_fits
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision
+from kt_core.types import ActivationPrecision, Format
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +50,19 @@ _FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 @dataclass(slots=True)
 class LoadedSite:
-    """One experts module and where its weights come from."""
+    """One experts module and where its weights come from.
+
+    Attributes:
+        site: The module.
+        tensors: Of each of its parameters.
+        kernel: What they are loaded into.
+        stored: Reads experts that stay as they are stored; None where none is quantised.
+    """
 
     site: ExpertsSite
     tensors: dict[str, ExpertTensors]
     kernel: ExpertKernel
+    stored: StoredExperts | None = None
 
 
 @dataclass(slots=True)
@@ -68,6 +77,7 @@ class ExpertLoader:
         format_name: What the user asked for, ``auto`` included.
         precision: What becomes of the hidden states.
         progress: Told how far it has come.
+        formats: What the experts become, by the prefix of their parameters; once chosen.
         dense: Packs dense layers, too; None where they stay as the checkpoint has them.
     """
 
@@ -79,7 +89,7 @@ class ExpertLoader:
     precision: ActivationPrecision
     progress: Progress
     dense: DenseLoader | None = None
-    weight_format: WeightFormat | None = None
+    formats: dict[str, Format] = field(default_factory=dict)
     sites: list[LoadedSite] = field(default_factory=list)
     dense_shapes: dict[str, torch.Size] = field(default_factory=dict)
 
@@ -101,7 +111,7 @@ class ExpertLoader:
         _check_tensors(self.checkpoint, model, own, tensors)
         if self.dense:
             self.dense.replace(model, sources)
-        self.weight_format = self._choose_format(model, own)
+        self.formats = self._choose_formats(model, own, tensors)
         self._replace(model, own, tied, tensors)
         self.dense_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
@@ -133,18 +143,24 @@ class ExpertLoader:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _choose_format(self, model: PreTrainedModel, sites: list[ExpertsSite]) -> WeightFormat:
-        """Return the format asked for, or for ``auto`` the best that fits.
+    def _choose_formats(
+        self,
+        model: PreTrainedModel,
+        sites: list[ExpertsSite],
+        tensors: Mapping[str, ExpertTensors],
+    ) -> dict[str, Format]:
+        """Return the formats asked for, or for ``auto`` the best that fit.
 
         Raises:
-            UnsupportedFormatError: The device cannot compute it.
-            NotEnoughMemoryError: It does not fit.
+            UnsupportedFormatError: The device cannot compute them.
+            NotEnoughMemoryError: They do not fit.
         """
-        names = format_names(self.format_name)
-        capabilities = self.device.capabilities
-        formats = [self.registry.formats.get(name) for name in names]
-        possible = [f for f in formats if capabilities.computes(f.descriptor)]
+        candidates = candidate_formats(
+            self.format_name, self.checkpoint, sites, tensors, self.registry
+        )
+        possible = [c for c in candidates if c.is_computed_by(self.device.capabilities)]
         if not possible:
+            capabilities = self.device.capabilities
             descriptors = [f.descriptor for f in self.registry.formats]
             others = [d.name for d in descriptors if capabilities.computes(d)]
             msg = (
@@ -153,14 +169,14 @@ class ExpertLoader:
             )
             raise UnsupportedFormatError(msg)
         dense_bytes = _dense_bytes(model, sites) + (self.dense.packed_bytes if self.dense else 0)
-        specs = [site.spec for site in sites]
-        packed = {
-            f.descriptor.name: packed_bytes(specs, f.descriptor, self.device.expert_bytes)
-            for f in possible
-        }
+        packed = {c.name: c.packed_bytes(self.device.expert_bytes) for c in possible}
+        if possible[0].is_stored:  # nothing larger is better than that
+            packed = {n: size for n, size in packed.items() if size <= packed[possible[0].name]}
         available = hardware.available_memory_bytes()
         name = first_that_fits(packed, dense_bytes, available, smaller=self._smaller_format())
-        return self.registry.formats.get(name)
+        chosen = next(candidate for candidate in possible if candidate.name == name)
+        chosen.explain(self.format_name)
+        return chosen.formats
 
     def _smaller_format(self) -> str:
         can_pack = self.dense is None and self.device.capabilities.computes_dense
@@ -173,15 +189,16 @@ class ExpertLoader:
         tied: list[tuple[str, ExpertsSite]],
         tensors: dict[str, ExpertTensors],
     ) -> None:
-        assert self.weight_format is not None
         kernels: dict[str, ExpertKernel] = {}
         for site in own:
-            kernel = self.device.expert_kernel(
-                site.spec, self.weight_format.descriptor, precision=self.precision
-            )
+            weight_format = self.formats[site.parameter_prefix]
+            kernel = self.device.expert_kernel(site.spec, weight_format, precision=self.precision)
             kernels[site.parameter_prefix] = kernel
-            parts = {name: tensors[f"{site.parameter_prefix}.{name}"] for name in site.parameters}
-            self.sites.append(LoadedSite(site, parts, kernel))
+            parts = site_tensors(site, tensors)
+            stored = None
+            if not self.checkpoint.is_as_on_disk:
+                stored = find_stored(self.checkpoint, site, parts, weight_format)
+            self.sites.append(LoadedSite(site, parts, kernel, stored))
         for site in own:
             _swap(model, site, kernels[site.parameter_prefix])
         for owner, site in tied:
@@ -206,9 +223,9 @@ def load_model(
     cls = model_class(config)
     try:
         model, info = cls.from_pretrained(
-            directory,
             config=config,
             dtype=dtype,
+            **_where_weights_are(directory, loader.checkpoint),
             quantization_config=hook.KtLoadingConfig(loader.prepare),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _check_loaded names them
@@ -223,10 +240,22 @@ def load_model(
     loader.fill()
     loader.checkpoint.close()
     model.requires_grad_(False)
+    model.config.name_or_path = str(directory)
     result: PreTrainedModel = model.eval()
     if loader.dense:
         loader.dense.try_out(result)
     return result
+
+
+def _where_weights_are(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what tells transformers where to find the dense part."""
+    if checkpoint.is_as_on_disk:
+        return {"pretrained_model_name_or_path": directory}
+    return {
+        "pretrained_model_name_or_path": None,
+        "state_dict": hook.lazy_state(checkpoint),
+        "generation_config": hook.generation_config(directory),
+    }
 
 
 def _check_loaded(
@@ -253,9 +282,13 @@ def _check_loaded(
 
 
 def _load_expert(loaded: LoadedSite, expert: int) -> None:
-    rows = {name: tensors.read(expert) for name, tensors in loaded.tensors.items()}
+    if loaded.stored and loaded.stored.is_exact(expert):
+        weights = loaded.stored.read(expert)
+    else:
+        rows = {name: tensors.read(expert) for name, tensors in loaded.tensors.items()}
+        weights = loaded.site.expert_weights(rows)
     try:
-        loaded.kernel.load(expert, loaded.site.expert_weights(rows))
+        loaded.kernel.load(expert, weights)
     except ValueError as error:
         names = [name for tensors in loaded.tensors.values() for name in tensors.names(expert)]
         msg = f"expert {expert} of {loaded.site.module_name}: {error} (from {', '.join(names)})"
