@@ -96,14 +96,11 @@ class PackedConfig:
 
     Attributes:
         layers: By the path of the experts module's parameters.
-        dense: The ``quantization_config`` of the checkpoint it was made from, for its dense
-            tensors, which are stored as they were; None where they are not quantised.
         source: Where it comes from: for people.
         method: How the experts were quantised: for people.
     """
 
     layers: Mapping[str, PackedLayer]
-    dense: Mapping[str, Any] | None = None
     source: str = ""
     method: str = ""
 
@@ -128,7 +125,6 @@ class PackedConfig:
                 }
                 for name, layer in self.layers.items()
             },
-            **({"dense": dict(self.dense)} if self.dense else {}),
         }
 
     @classmethod
@@ -155,10 +151,8 @@ class PackedConfig:
                 str(name): _layer_from_dict(str(name), entry, formats)
                 for name, entry in dict(stored["experts"]).items()
             }
-            dense = stored.get("dense")
             return cls(
                 layers=layers,
-                dense=None if dense is None else dict(dense),
                 source=str(stored.get("source", "")),
                 method=str(stored.get("method", "")),
             )

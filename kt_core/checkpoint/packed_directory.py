@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_core.checkpoint.packed_config import METHOD, VERSION, PackedConfig, PackedLayer
-from kt_core.checkpoint.safetensors_files import Checkpoint, TensorInfo
+from kt_core.checkpoint.safetensors_files import Checkpoint
 from kt_core.checkpoint.safetensors_writer import NewTensor, tensor_bytes, write_safetensors
 from kt_core.errors import CheckpointError, UnsupportedFormatError
+from kt_core.interfaces import TensorInfo
 
 if TYPE_CHECKING:
     import torch

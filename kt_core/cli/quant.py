@@ -108,9 +108,7 @@ def quant(
         )
         if unfinished(target).exists():
             remark(f"going on with {unfinished(target)}, which an earlier run left")
-        backend, device = registry.find_device("cpu")
-        with backend.open(device.name, threads=threads) as opened:
-            report = quantize(plan, target, opened, Method(method), progress)
+        report = quantize(plan, target, method=Method(method), threads=threads, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -16,12 +16,12 @@ from kt_core import hardware, plugins
 from kt_core.checkpoint import open_checkpoint, open_packed
 from kt_core.engine.chat import load_tokenizer, prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import (
     adapters_for,
     model_config,
-    parse_config,
     read_config,
     resolve_model,
 )
@@ -29,6 +29,7 @@ from kt_core.engine.packed_cache import cached
 from kt_core.engine.packed_loading import check_asked_format
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats
+from kt_core.engine.stored_checkpoint import open_stored, without_quantization
 from kt_core.engine.text_stream import Decoder, TextStream
 from kt_core.errors import (
     InvalidRequestError,
@@ -64,7 +65,7 @@ def load(
     Args:
         model: A model directory, a registered name such as ``demo``, or a hub id.
         format: Weight format of the routed experts; ``auto`` takes the first of bf16, int8 and
-            int4 that fits into memory.
+            int4 that fits into memory, and leaves experts that are quantised as they are.
         device: Where experts are computed; ``auto`` takes the best there is.
         threads: Host threads for the experts and for torch; None for one per physical core.
         dtype: Type of the dense part; ``auto`` follows the checkpoint.
@@ -91,15 +92,18 @@ def load(
         dense_format, registry, backend.capabilities(device_info.name), device_info.name
     )
     directory = resolve_model(model, registry, progress)
-    if cache and open_packed(directory, parse_config(directory / "config.json")) is None:
-        with backend.open(device_info.name, threads=threads) as packer:
-            directory = cached(directory, registry, format, packer, progress)
-    packed_experts = open_packed(directory, parse_config(directory / "config.json"))
+    config_dict = read_config(directory)
+    packed_experts = open_packed(directory, config_dict)
+    if cache and packed_experts is None:
+        directory = cached(directory, registry, format, threads, progress)
+        config_dict = read_config(directory)
+        packed_experts = open_packed(directory, config_dict)
+    config = model_config(directory, without_quantization(config_dict), registry)
     if packed_experts:
         check_asked_format(packed_experts, format, registry)
-    config_dict = read_config(directory)
-    config = model_config(directory, config_dict, registry)
-    checkpoint = open_checkpoint(directory)
+        checkpoint = open_checkpoint(directory)
+    else:
+        checkpoint = open_stored(directory, config_dict, registry)
     tokenizer = load_tokenizer(directory, config)
     opened = backend.open(device_info.name, threads=threads)
     try:
@@ -277,7 +281,6 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return how the model was loaded."""
         loader = self._loader
-        assert loader.weight_format is not None
         device = loader.device
         sites = [loaded.site for loaded in loader.sites]
         kernels = [loaded.kernel for loaded in loader.sites]
@@ -285,7 +288,7 @@ class Engine:
         return EngineStats(
             model=str(self._directory),
             model_type=self.model.config.model_type,
-            format=loader.weight_format.descriptor.name,
+            format=formats_name(loader.formats.values()),
             device=device.info.name,
             isa=device.capabilities.instruction_set,
             threads=device.threads,

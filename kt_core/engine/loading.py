@@ -22,9 +22,11 @@ from kt_core.checkpoint import Checkpoint, PackedDirectory
 from kt_core.checkpoint.packed_directory import MappedExperts
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
-from kt_core.engine.packed_loading import check_packed_sites, most_common, packed_formats
+from kt_core.engine.packed_loading import check_packed_sites, packed_formats
 from kt_core.engine.sites import find_sites, split_tied
+from kt_core.engine.stored_experts import StoredExperts, find_stored
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import (
     CheckpointError,
@@ -35,12 +37,12 @@ from kt_core.interfaces import (
     ExpertDevice,
     ExpertKernel,
     ExpertsSite,
+    ExpertWeights,
     ModelAdapter,
     Progress,
-    WeightFormat,
 )
 from kt_core.moe.hybrid_experts import HybridExperts
-from kt_core.plan.fitting import first_that_fits, format_names, packed_bytes
+from kt_core.plan.fitting import first_that_fits
 from kt_core.plugins import Registry
 from kt_core.types import ActivationPrecision, Format
 
@@ -55,14 +57,16 @@ class LoadedSite:
 
     Attributes:
         site: The module.
-        kernel: Who computes it.
-        tensors: Of a checkpoint, by the parameter's name.
-        mapped: Of a packed model directory, instead.
+        kernel: What its experts are loaded into.
+        tensors: Of each of its parameters.
+        stored: Reads experts that stay as they are stored; None where none is quantised.
+        mapped: Experts that are packed already, instead of tensors.
     """
 
     site: ExpertsSite
     kernel: ExpertKernel
     tensors: dict[str, ExpertTensors] = field(default_factory=dict)
+    stored: StoredExperts | None = None
     mapped: MappedExperts | None = None
 
     def load(self, expert: int) -> None:
@@ -74,9 +78,9 @@ class LoadedSite:
         if self.mapped is not None:
             self.kernel.map_packed(expert, self.mapped.expert(expert))
             return
-        rows = {name: tensors.read(expert) for name, tensors in self.tensors.items()}
+        weights = read_expert(self.site, self.tensors, self.stored, expert)
         try:
-            self.kernel.load(expert, self.site.expert_weights(rows))
+            self.kernel.load(expert, weights)
         except ValueError as error:
             names = [name for tensors in self.tensors.values() for name in tensors.names(expert)]
             msg = f"expert {expert} of {self.site.module_name}: {error} (from {', '.join(names)})"
@@ -95,9 +99,9 @@ class ExpertLoader:
         format_name: What the user asked for, ``auto`` included.
         precision: What becomes of the hidden states.
         progress: Told how far it has come.
+        formats: What the experts become, by the prefix of their parameters; once chosen.
         dense: Packs dense layers, too; None where they stay as the checkpoint has them.
         packed: Where the experts are packed already; None for a checkpoint.
-        weight_format: Of the experts, of most of them where layers differ; set by ``prepare``.
     """
 
     checkpoint: Checkpoint
@@ -109,7 +113,7 @@ class ExpertLoader:
     progress: Progress
     dense: DenseLoader | None = None
     packed: PackedDirectory | None = None
-    weight_format: WeightFormat | None = None
+    formats: dict[str, Format] = field(default_factory=dict)
     sites: list[LoadedSite] = field(default_factory=list)
     dense_shapes: dict[str, torch.Size] = field(default_factory=dict)
 
@@ -131,12 +135,10 @@ class ExpertLoader:
         if self.dense:
             self.dense.replace(model, sources)
         if self.packed:
-            formats = packed_formats(self.packed, own)
-            self.weight_format = most_common(formats.values(), self.registry)
+            self.formats = packed_formats(self.packed, own)
         else:
-            self.weight_format = self._choose_format(model, own)
-            formats = {s.parameter_prefix: self.weight_format.descriptor for s in own}
-        self._replace(model, own, tied, tensors, formats)
+            self.formats = self._choose_formats(model, own, tensors)
+        self._replace(model, own, tied, tensors)
         self.dense_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def fill(self) -> None:
@@ -167,18 +169,24 @@ class ExpertLoader:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _choose_format(self, model: PreTrainedModel, sites: list[ExpertsSite]) -> WeightFormat:
-        """Return the format asked for, or for ``auto`` the best that fits.
+    def _choose_formats(
+        self,
+        model: PreTrainedModel,
+        sites: list[ExpertsSite],
+        tensors: Mapping[str, ExpertTensors],
+    ) -> dict[str, Format]:
+        """Return the formats asked for, or for ``auto`` the best that fit.
 
         Raises:
-            UnsupportedFormatError: The device cannot compute it.
-            NotEnoughMemoryError: It does not fit.
+            UnsupportedFormatError: The device cannot compute them.
+            NotEnoughMemoryError: They do not fit.
         """
-        names = format_names(self.format_name)
-        capabilities = self.device.capabilities
-        formats = [self.registry.formats.get(name) for name in names]
-        possible = [f for f in formats if capabilities.computes(f.descriptor)]
+        candidates = candidate_formats(
+            self.format_name, self.checkpoint, sites, tensors, self.registry
+        )
+        possible = [c for c in candidates if c.is_computed_by(self.device.capabilities)]
         if not possible:
+            capabilities = self.device.capabilities
             descriptors = [f.descriptor for f in self.registry.formats]
             others = [d.name for d in descriptors if capabilities.computes(d)]
             msg = (
@@ -187,14 +195,14 @@ class ExpertLoader:
             )
             raise UnsupportedFormatError(msg)
         dense_bytes = _dense_bytes(model, sites) + (self.dense.packed_bytes if self.dense else 0)
-        specs = [site.spec for site in sites]
-        packed = {
-            f.descriptor.name: packed_bytes(specs, f.descriptor, self.device.expert_bytes)
-            for f in possible
-        }
+        packed = {c.name: c.packed_bytes(self.device.expert_bytes) for c in possible}
+        if possible[0].is_stored:  # nothing larger is better than that
+            packed = {n: size for n, size in packed.items() if size <= packed[possible[0].name]}
         available = hardware.available_memory_bytes()
         name = first_that_fits(packed, dense_bytes, available, smaller=self._smaller_format())
-        return self.registry.formats.get(name)
+        chosen = next(candidate for candidate in possible if candidate.name == name)
+        chosen.explain(self.format_name)
+        return chosen.formats
 
     def _smaller_format(self) -> str:
         can_pack = self.dense is None and self.device.capabilities.computes_dense
@@ -206,18 +214,19 @@ class ExpertLoader:
         own: list[ExpertsSite],
         tied: list[tuple[str, ExpertsSite]],
         tensors: dict[str, ExpertTensors],
-        formats: Mapping[str, Format],
     ) -> None:
         kernels: dict[str, ExpertKernel] = {}
         for site in own:
             prefix = site.parameter_prefix
-            kernel = self.device.expert_kernel(site.spec, formats[prefix], precision=self.precision)
+            weight_format = self.formats[prefix]
+            kernel = self.device.expert_kernel(site.spec, weight_format, precision=self.precision)
             kernels[prefix] = kernel
             loaded = LoadedSite(site, kernel)
             if self.packed:
                 loaded.mapped = self.packed.experts(prefix, self.checkpoint)
             else:
-                loaded.tensors = {name: tensors[f"{prefix}.{name}"] for name in site.parameters}
+                loaded.tensors = site_tensors(site, tensors)
+                loaded.stored = stored_experts(self.checkpoint, site, loaded.tensors, weight_format)
             self.sites.append(loaded)
         for site in own:
             _swap(model, site, kernels[site.parameter_prefix])
@@ -243,9 +252,9 @@ def load_model(
     cls = model_class(config)
     try:
         model, info = cls.from_pretrained(
-            directory,
             config=config,
             dtype=dtype,
+            **_where_weights_are(directory, loader.checkpoint),
             quantization_config=hook.KtLoadingConfig(loader.prepare),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _check_loaded names them
@@ -260,10 +269,22 @@ def load_model(
     loader.fill()
     loader.checkpoint.close()
     model.requires_grad_(False)
+    model.config.name_or_path = str(directory)
     result: PreTrainedModel = model.eval()
     if loader.dense:
         loader.dense.try_out(result)
     return result
+
+
+def _where_weights_are(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what tells transformers where to find the dense part."""
+    if checkpoint.is_as_on_disk:
+        return {"pretrained_model_name_or_path": directory}
+    return {
+        "pretrained_model_name_or_path": None,
+        "state_dict": hook.lazy_state(checkpoint),
+        "generation_config": hook.generation_config(directory),
+    }
 
 
 def _check_loaded(
@@ -287,6 +308,30 @@ def _check_loaded(
                 "missing from the index, or config.json belongs to another checkpoint."
             )
             raise CheckpointError(msg)
+
+
+def read_expert(
+    site: ExpertsSite,
+    tensors: Mapping[str, ExpertTensors],
+    stored: StoredExperts | None,
+    expert: int,
+) -> ExpertWeights:
+    """Return an expert's weights: as they are stored where the format is that, else dense."""
+    if stored and stored.is_exact(expert):
+        return stored.read(expert)
+    return site.expert_weights({name: parts.read(expert) for name, parts in tensors.items()})
+
+
+def stored_experts(
+    checkpoint: Checkpoint,
+    site: ExpertsSite,
+    tensors: Mapping[str, ExpertTensors],
+    weight_format: Format,
+) -> StoredExperts | None:
+    """Return who reads experts as they are stored; None where none is quantised."""
+    if checkpoint.is_as_on_disk:
+        return None
+    return find_stored(checkpoint, site, tensors, weight_format)
 
 
 def expert_parameters(model: PreTrainedModel, sites: Iterable[ExpertsSite]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from kt_core.engine.quantize import quantize
 from kt_core.engine.quantize_expert import Method
 from kt_core.engine.quantize_plan import plan_quantization
 from kt_core.errors import InvalidRequestError, UnknownNameError
-from kt_core.interfaces import ExpertDevice, Progress
+from kt_core.interfaces import Progress
 from kt_core.paths import cache_dir
 from kt_core.plugins import Registry
 
@@ -54,7 +54,11 @@ def cache_root() -> Path:
 
 
 def cached(
-    source: Path, registry: Registry, weight_format: str, device: ExpertDevice, progress: Progress
+    source: Path,
+    registry: Registry,
+    weight_format: str,
+    threads: int | None,
+    progress: Progress,
 ) -> Path:
     """Return the packed model of a source, making it where it is absent.
 
@@ -71,7 +75,7 @@ def cached(
     digest = plan.fingerprint()[:_DIGEST_LETTERS]
     target = cache_root() / f"{source.resolve().name}-{weight_format}-{digest}"
     if not (target / MANIFEST_NAME).is_file():
-        quantize(plan, target, device, Method.RTN, progress)
+        quantize(plan, target, method=Method.RTN, threads=threads, progress=progress)
     os.utime(target / MANIFEST_NAME)
     return target
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kt_core.checkpoint import PackedDirectory
 from kt_core.errors import CheckpointError, UnsupportedFormatError
-from kt_core.interfaces import ExpertDevice, ExpertsSite, WeightFormat
+from kt_core.interfaces import ExpertDevice, ExpertsSite
 from kt_core.plugins import Registry
-from kt_core.quant import ReferenceFormat
 from kt_core.types import Format
 
 
@@ -63,10 +61,3 @@ def check_asked_format(packed: PackedDirectory, name: str, registry: Registry) -
         + (f" ({packed.config.source})" if packed.config.source else "")
     )
     raise UnsupportedFormatError(msg)
-
-
-def most_common(formats: Iterable[Format], registry: Registry) -> WeightFormat:
-    """Return the format that most layers have; one that is not registered is made of its words."""
-    (descriptor, _), *_ = Counter(formats).most_common(1)
-    known = {weight_format.descriptor: weight_format for weight_format in registry.formats}
-    return known.get(descriptor) or ReferenceFormat(descriptor)

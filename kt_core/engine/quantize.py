@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kt_core import hardware
 from kt_core.checkpoint import Checkpoint, open_checkpoint, open_packed
 from kt_core.checkpoint.packed_directory import (
     MANIFEST_NAME,
@@ -29,11 +32,12 @@ from kt_core.checkpoint.packed_directory import (
 )
 from kt_core.checkpoint.safetensors_files import INDEX_NAME
 from kt_core.checkpoint.safetensors_writer import NewTensor, tensor_bytes, write_safetensors
+from kt_core.engine.model_files import read_config
 from kt_core.engine.quantize_expert import Method
 from kt_core.engine.quantize_layer import LayerReport, LayerWorker
 from kt_core.engine.quantize_plan import LayerPlan, QuantPlan, check_room, new_config
 from kt_core.errors import CheckpointError, InvalidRequestError, NotEnoughDiskError
-from kt_core.interfaces import ExpertDevice, Progress, no_progress
+from kt_core.interfaces import Progress, no_progress
 from kt_core.paths import replacing
 
 _STATE_NAME = "kt-quant-state.json"
@@ -92,11 +96,19 @@ class _State:
 def quantize(
     plan: QuantPlan,
     target: Path,
-    device: ExpertDevice,
+    *,
     method: Method,
+    threads: int | None = None,
     progress: Progress = no_progress,
 ) -> QuantReport:
     """Write the packed model directory ``target``, which must not exist.
+
+    Args:
+        plan: What is to be done.
+        target: The directory.
+        method: How weights become codes.
+        threads: How many work; None for one per physical core.
+        progress: Told how far it has come.
 
     Raises:
         InvalidRequestError: ``target`` exists, an unfinished one is another job's, or another kt
@@ -114,11 +126,13 @@ def quantize(
         report = QuantReport(str(target), plan.config.method, resumed_files=len(state.files))
         written = sum(int(entry["size_bytes"]) for entry in state.files.values())
         check_room(folder, plan.size_bytes, written)
-        job = _Job(plan, folder, state, device, method, progress)
+        count = threads or hardware.detect(with_accelerators=False).cpu.usable_threads
+        job = _Job(plan, folder, state, method, count, progress)
         try:
-            job.write_dense()
-            job.write_layers()
-            job.write_others()
+            with _one_torch_thread():
+                job.write_dense()
+                job.write_layers()
+                job.write_others()
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -127,7 +141,7 @@ def quantize(
                 "on where it was."
             )
             raise NotEnoughDiskError(msg) from error
-        _verify(folder, device.threads, progress)
+        _verify(folder, count, progress)
         report.layers = [LayerReport(**state.layers[p.layer.name]) for p in plan.layers]
         report.expert_bytes = sum(p.layer.size_bytes for p in plan.layers)
         report.dense_bytes = plan.dense_bytes
@@ -137,6 +151,17 @@ def quantize(
         _sync_folder(target.parent)
     report.seconds = time.perf_counter() - start
     return report
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Each of our threads works alone: torch's own would be as many again for each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_target(target: Path) -> None:
@@ -198,8 +223,8 @@ class _Job:
     plan: QuantPlan
     folder: Path
     state: _State
-    device: ExpertDevice
     method: Method
+    threads: int
     progress: Progress
 
     def write_layers(self) -> None:
@@ -216,8 +241,7 @@ class _Job:
                 now = before + experts * each.site.spec.weights_per_expert
                 self.progress("quantising experts", now / total)
 
-            kernel = self.device.expert_kernel(plan.site.spec, plan.weight_format.descriptor)
-            worker = LayerWorker(plan, kernel, self.method, self.device.threads, report)
+            worker = LayerWorker(plan, self.method, self.threads, report)
             self.state.files[plan.layer.file] = write_layer(
                 self.folder, plan.layer, worker.packed_experts()
             )
@@ -237,15 +261,17 @@ class _Job:
 
     def _copied(self, name: str) -> NewTensor:
         info = self.plan.checkpoint.tensors[name]
+        decoded = self.plan.decoded_type(name)
 
         def pieces() -> Iterator[memoryview]:
-            yield tensor_bytes(self.plan.checkpoint.read(name))
+            value = self.plan.checkpoint.read(name)
+            yield tensor_bytes(value if decoded is None else value.to(decoded))
 
         return NewTensor(
             name=name,
-            dtype=info.dtype,
+            dtype=self.plan.dense_word(name),
             shape=info.shape,
-            size_bytes=info.size_bytes,
+            size_bytes=self.plan.dense_size(name),
             pieces=pieces(),
         )
 
@@ -292,9 +318,7 @@ def open_finished(folder: Path) -> tuple[PackedDirectory, Checkpoint]:
         CheckpointError: It is damaged, or not packed by kt.
         UnsupportedFormatError: It was written by a newer kt.
     """
-    from kt_core.engine.model_files import parse_config
-
-    directory = open_packed(folder, parse_config(folder / "config.json"))
+    directory = open_packed(folder, read_config(folder))
     if directory is None:
         msg = f"{folder} is not packed by kt: make a packed model with `kt quant`"
         raise CheckpointError(msg)

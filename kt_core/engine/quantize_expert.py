@@ -27,6 +27,8 @@ def quantize_expert(
 ) -> tuple[ExpertWeights, tuple[float, float]]:
     """Return the quantised expert; and its squared errors and squared weights, summed.
 
+    Matrices that are quantised already stay as they are.
+
     Raises:
         ValueError: A weight is NaN or infinite.
     """

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kt_core.engine.loading import read_expert
 from kt_core.engine.quantize_expert import Method, quantize_expert
 from kt_core.engine.quantize_plan import LayerPlan
 from kt_core.errors import CheckpointError
-from kt_core.interfaces import ExpertKernel
+from kt_core.interfaces.checks import check_finite, check_weights
+from kt_core.packed.codec import pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,6 @@ class LayerWorker:
     """
 
     plan: LayerPlan
-    kernel: ExpertKernel
     method: Method
     threads: int
     on_expert: Callable[[int], None]
@@ -48,7 +49,7 @@ class LayerWorker:
 
     def packed_experts(self) -> Iterator[torch.Tensor]:
         """Yield the packed bytes of each expert."""
-        waiting: deque[Future[tuple[float, float]]] = deque()
+        waiting: deque[Future[tuple[torch.Tensor, tuple[float, float]]]] = deque()
         count = self.plan.site.spec.num_experts
         submitted = 0
         with ThreadPoolExecutor(self.threads, thread_name_prefix="kt-quant") as pool:
@@ -57,9 +58,9 @@ class LayerWorker:
                     while submitted < min(count, expert + 2 * self.threads):
                         waiting.append(pool.submit(self._quantize, submitted))
                         submitted += 1
-                    self._squares.append(waiting.popleft().result())
-                    yield self.kernel.packed(expert).cpu()
-                    self.kernel.unload(expert)
+                    packed, squares = waiting.popleft().result()
+                    self._squares.append(squares)
+                    yield packed
                     self.on_expert(expert + 1)
             except BaseException:  # Ctrl-C too: start no more, then let it through
                 pool.shutdown(cancel_futures=True)
@@ -76,15 +77,17 @@ class LayerWorker:
             relative_error=(errors / weights) ** 0.5 if weights else 0.0,
         )
 
-    def _quantize(self, expert: int) -> tuple[float, float]:
-        site = self.plan.site
-        rows = {name: tensors.read(expert) for name, tensors in self.plan.tensors.items()}
+    def _quantize(self, expert: int) -> tuple[torch.Tensor, tuple[float, float]]:
+        """Return the packed bytes, and squared errors and squared weights."""
+        plan = self.plan
+        spec, descriptor = plan.site.spec, plan.weight_format.descriptor
         try:
-            weights = site.expert_weights(rows)
-            quantized, squares = quantize_expert(weights, self.plan.weight_format, self.method)
-            self.kernel.load(expert, quantized)
+            weights = read_expert(plan.site, plan.tensors, plan.stored, expert)
+            quantized, squares = quantize_expert(weights, plan.weight_format, self.method)
+            check_weights(spec, descriptor, quantized)
+            check_finite(quantized)
+            return pack(quantized, spec, descriptor), squares
         except ValueError as error:
-            names = [n for tensors in self.plan.tensors.values() for n in tensors.names(expert)]
-            msg = f"expert {expert} of {site.module_name}: {error} (from {', '.join(names)})"
+            names = [n for tensors in plan.tensors.values() for n in tensors.names(expert)]
+            msg = f"expert {expert} of {plan.site.module_name}: {error} (from {', '.join(names)})"
             raise CheckpointError(msg) from error
-        return squares

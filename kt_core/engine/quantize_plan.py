@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +15,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kt_core.checkpoint import Checkpoint, open_checkpoint, open_packed
+from kt_core.checkpoint import Checkpoint, open_packed
 from kt_core.checkpoint.packed_config import PackedConfig, PackedLayer
 from kt_core.checkpoint.packed_directory import DIGEST_BYTES
 from kt_core.checkpoint.safetensors_files import INDEX_NAME
 from kt_core.checkpoint.safetensors_writer import ALIGNMENT
-from kt_core.engine.loading import check_tensors, expert_parameters
+from kt_core.engine.loading import check_tensors, expert_parameters, stored_experts
 from kt_core.engine.model_files import (
     adapters_for,
     model_class,
     model_config,
-    parse_config,
+    model_dtype,
     read_config,
 )
 from kt_core.engine.sites import find_sites, split_tied
+from kt_core.engine.stored_checkpoint import open_stored, without_quantization
+from kt_core.engine.stored_experts import StoredExperts
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import InvalidRequestError, NotEnoughDiskError, UnsupportedFormatError
 from kt_core.interfaces import ExpertsSite, WeightFormat
@@ -38,19 +41,29 @@ _SHARD_BYTES = 2 << 30
 # Weights in files of other kinds are not copied, and what we write ourselves is not either.
 _NOT_COPIED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", INDEX_NAME,
-    "*.index.json", "config.json", ".*",
+    "*.index.json", "config.json", "hf_quant_config.json", ".*",
 )  # fmt: skip
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_WORDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One experts module: where it comes from and what it becomes."""
+    """One experts module: where it comes from and what it becomes.
+
+    Attributes:
+        site: The module.
+        tensors: Of each of its parameters.
+        weight_format: What its experts become.
+        layer: The file they go to.
+        stored: Reads experts that stay as they are stored; None where none is quantised.
+    """
 
     site: ExpertsSite
     tensors: Mapping[str, ExpertTensors]
     weight_format: WeightFormat
     layer: PackedLayer
+    stored: StoredExperts | None = None
 
     @property
     def num_weights(self) -> int:
@@ -64,12 +77,13 @@ class QuantPlan:
 
     Attributes:
         source: The model directory.
-        config_dict: Its config.json.
+        config_dict: Its config.json, without what is said there of quantisation.
         checkpoint: Its tensors.
         layers: Its experts, in order.
         shards: Names of dense tensors, by the file they go to.
         copied: Other files that are copied as they are.
         config: The ``quantization_config`` of what is written.
+        dtype: Of the model: what dense tensors become that the source has quantised.
     """
 
     source: Path
@@ -79,12 +93,26 @@ class QuantPlan:
     shards: Mapping[str, Sequence[str]]
     copied: Sequence[Path]
     config: PackedConfig
+    dtype: torch.dtype
+
+    def decoded_type(self, name: str) -> torch.dtype | None:
+        """Return what a dense tensor becomes; None where it stays as it is."""
+        return None if self.checkpoint.stored(name) is None else self.dtype
+
+    def dense_word(self, name: str) -> str:
+        """Return the type of a dense tensor in the words of safetensors."""
+        decoded = self.decoded_type(name)
+        return self.checkpoint.tensors[name].dtype if decoded is None else _WORDS[decoded]
+
+    def dense_size(self, name: str) -> int:
+        """Return the bytes of a dense tensor."""
+        info, decoded = self.checkpoint.tensors[name], self.decoded_type(name)
+        return info.size_bytes if decoded is None else math.prod(info.shape) * decoded.itemsize
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense tensors."""
-        names = [name for shard in self.shards.values() for name in shard]
-        return sum(self.checkpoint.tensors[name].size_bytes for name in names)
+        return sum(self.dense_size(name) for shard in self.shards.values() for name in shard)
 
     @property
     def size_bytes(self) -> int:
@@ -126,16 +154,16 @@ def plan_quantization(
     """
     everywhere = registry.formats.get(weight_format)
     special = {pattern: registry.formats.get(name) for pattern, name in (overrides or {}).items()}
-    raw = parse_config(source / "config.json")
+    raw = read_config(source)
     if open_packed(source, raw) is not None:
         msg = (
             f"{source} is packed by kt already: what was rounded once should not be rounded again. "
             "Give the original model."
         )
         raise UnsupportedFormatError(msg)
-    config_dict = read_config(source)
+    config_dict = without_quantization(raw)
     config = model_config(source, config_dict, registry)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_stored(source, raw, registry)
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config)(config).eval()
     own, _ = split_tied(model, find_sites(model, adapters_for(config_dict["model_type"], registry)))
@@ -151,12 +179,13 @@ def plan_quantization(
         name = f"experts-{number:05}-of-{len(own):05}.safetensors"
         layer = PackedLayer.of(site.parameter_prefix, name, site.spec, chosen.descriptor)
         parts = {n: tensors[f"{site.parameter_prefix}.{n}"] for n in site.parameters}
-        layers.append(LayerPlan(site, parts, chosen, layer))
+        stored = stored_experts(checkpoint, site, parts, chosen.descriptor)
+        layers.append(LayerPlan(site, parts, chosen, layer, stored))
     _check_overrides(special, own)
     shards = _shards(checkpoint, layers)
     return QuantPlan(
         source=source,
-        config_dict=raw,
+        config_dict=config_dict,
         checkpoint=checkpoint,
         layers=layers,
         shards=shards,
@@ -166,6 +195,7 @@ def plan_quantization(
             source=str(raw.get("_name_or_path") or source.name),
             method=method,
         ),
+        dtype=model_dtype(config),
     )
 
 

@@ -61,9 +61,7 @@ def pack(
     **options: Any,
 ) -> QuantReport:
     plan = plan_quantization(source, registry, weight_format=form, method=method, **options)
-    backend, device = registry.find_device("cpu")
-    with backend.open(device.name, threads=threads) as opened:
-        return quantize(plan, target, opened, method, progress)
+    return quantize(plan, target, method=method, threads=threads, progress=progress)
 
 
 def logits(directory: Path, form: str = "auto") -> torch.Tensor:
