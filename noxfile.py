@@ -19,9 +19,16 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"  # uv makes environments without pip, which we use
 
 CONSTRAINTS = ("-c", "constraints/cpu.txt", "-c", "constraints/tools.txt")
+# Packages that write and read checkpoints: what our readers are compared with.
+ORACLES = ("compressed-tensors", "gguf", "hypothesis")
 BUILD = Path("build/nox")
+<<<<<<< HEAD
 PACKAGES = ("kt_core", "kt_cpu", "kt_demo", "kt_models", "kt_sim")
 QUICK = ("-m", "not slow and not network and not sim")
+=======
+PACKAGES = ("kt_core", "kt_checkpoints", "kt_cpu", "kt_demo", "kt_models")
+QUICK = ("-m", "not slow and not network")
+>>>>>>> wip/packed
 # A sanitizer's own memory is no measure of ours.
 ASAN_TESTS = ("-k", "not memory", "tests/kernels", "tests/unit/test_hardware_cpuid.py")
 # Else `python -c` in a test would import the source tree, which has no compiled extensions.
@@ -76,7 +83,7 @@ def cpu_flags() -> set[str]:
 @nox.session(default=False)
 def env(session: nox.Session) -> None:
     """Install kt, with a CPU build of torch, and the tools that must import it."""
-    session.install(*CONSTRAINTS, *build_options("env"), ".[plot]", "mypy", "pytest")
+    session.install(*CONSTRAINTS, *build_options("env"), ".[plot]", "mypy", "pytest", *ORACLES)
 
 
 @needs_env

@@ -256,6 +256,18 @@ void BindLayer(py::module_& m) {
           },
           py::arg("expert"), py::arg("packed"))
       .def(
+          "map_packed",
+          [](kt::ExpertLayer& layer, size_t expert, uintptr_t packed, py::object owner) {
+            // Let go of wherever the layer is, with or without the GIL.
+            std::shared_ptr<void> kept(new py::object(std::move(owner)), [](void* object) {
+              const py::gil_scoped_acquire acquire;
+              delete static_cast<py::object*>(object);
+            });
+            return layer.MapPacked(expert, Pointer<const uint8_t>(packed), std::move(kept));
+          },
+          py::arg("expert"), py::arg("packed"), py::arg("owner"),
+          "Use the bytes where they are, and keep their owner; False where there are nodes.")
+      .def(
           "packed",
           [](const std::shared_ptr<kt::ExpertLayer>& layer,
              size_t expert) -> std::optional<PackedBytes> {

@@ -47,6 +47,10 @@ class NotEnoughMemoryError(KtError):
     """The model does not fit; raised before anything large is allocated."""
 
 
+class NotEnoughDiskError(KtError):
+    """There is no room on the disk for what is to be written."""
+
+
 class ModelSourceError(KtError):
     """A named or remote model could not be brought onto this machine."""
 

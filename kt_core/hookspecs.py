@@ -13,6 +13,7 @@ import pluggy
 
 from kt_core.interfaces import (
     Backend,
+    CheckpointFormat,
     ModelAdapter,
     ModelSource,
     NamedConfig,
@@ -42,6 +43,11 @@ def kt_register_backends(register: Register[Backend]) -> None:
 @hookspec
 def kt_register_formats(register: Register[WeightFormat]) -> None:
     """Register weight formats."""
+
+
+@hookspec
+def kt_register_checkpoint_formats(register: Register[CheckpointFormat]) -> None:
+    """Register readers of quantised checkpoints."""
 
 
 @hookspec

@@ -14,6 +14,7 @@ from kt_core import hookspecs
 from kt_core.errors import BackendUnavailableError, PluginError, UnknownNameError
 from kt_core.interfaces import (
     Backend,
+    CheckpointFormat,
     ModelAdapter,
     ModelSource,
     NamedConfig,
@@ -86,6 +87,7 @@ class Registry:
     Attributes:
         backends: By backend name.
         formats: By format name and alias.
+        checkpoint_formats: By ``quant_method``.
         adapters: By ``model_type``.
         generic_adapters: Asked, in order, about a model that no adapter names.
         sources: By model name.
@@ -97,6 +99,9 @@ class Registry:
 
     backends: Table[Backend] = field(default_factory=lambda: Table("backend"))
     formats: Table[WeightFormat] = field(default_factory=lambda: Table("format"))
+    checkpoint_formats: Table[CheckpointFormat] = field(
+        default_factory=lambda: Table("reader of checkpoints with quant_method")
+    )
     adapters: Table[ModelAdapter] = field(default_factory=lambda: Table("model adapter for"))
     generic_adapters: list[ModelAdapter] = field(default_factory=list)
     sources: Table[ModelSource] = field(default_factory=lambda: Table("model"))
@@ -247,6 +252,10 @@ def _registrars(registry: Registry, owner: str) -> Mapping[str, Callable[[Any], 
         for alias in (value.descriptor.name, *value.aliases):
             registry.formats.add(alias, value, owner)
 
+    def add_checkpoint_format(value: CheckpointFormat) -> None:
+        for method in (value.name, *value.aliases):
+            registry.checkpoint_formats.add(method, value, owner)
+
     def add_adapter(value: ModelAdapter) -> None:
         if not value.model_types:
             registry.generic_adapters.append(value)
@@ -256,6 +265,7 @@ def _registrars(registry: Registry, owner: str) -> Mapping[str, Callable[[Any], 
     return {
         "kt_register_backends": lambda v: registry.backends.add(v.name, v, owner),
         "kt_register_formats": add_format,
+        "kt_register_checkpoint_formats": add_checkpoint_format,
         "kt_register_model_adapters": add_adapter,
         "kt_register_model_sources": lambda v: registry.sources.add(v.name, v, owner),
         "kt_register_placement_policies": lambda v: registry.policies.add(v.name, v, owner),

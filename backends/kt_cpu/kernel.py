@@ -262,6 +262,16 @@ class CpuExpertKernel(ExpertKernel):
         check_packed(packed, ExpertLayout.of(self.spec, self.weight_format))
         self._layer.load_packed(expert, packed.data_ptr())
 
+    def map_packed(self, expert: int, packed: torch.Tensor) -> bool:
+        """See ``ExpertKernel.map_packed``. A copy where experts are split over NUMA nodes."""
+        self._check_expert(expert)
+        check_on_cpu("packed", packed)
+        check_packed(packed, ExpertLayout.of(self.spec, self.weight_format))
+        if self._layer.map_packed(expert, packed.data_ptr(), packed):
+            return True
+        self._layer.load_packed(expert, packed.data_ptr())
+        return False
+
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> Ticket:

@@ -41,7 +41,8 @@ ExpertLayer::ExpertLayer(const LayerSpec& spec, const Kernels& kernels,
       scratch_(std::move(scratch)),
       binder_(std::move(binder)),
       parts_(MakeLayerParts(layout_, spec.num_experts, pool_->threads_of_nodes(), *binder_)),
-      resident_(spec.num_experts) {}
+      resident_(spec.num_experts),
+      owners_(spec.num_experts) {}
 
 ExpertLayer::~ExpertLayer() {
   for (size_t n = 0; n < parts_.size(); ++n) binder_->Unbind(parts_[n].memory.bytes(), n);
@@ -49,6 +50,7 @@ ExpertLayer::~ExpertLayer() {
 
 const char* ExpertLayer::Load(size_t expert, const ExpertSource& source) {
   resident_[expert].store(false, std::memory_order_release);
+  BringHome(expert);
   const size_t scratch_bytes =
       std::max(PackScratchBytes(layout_.up), PackScratchBytes(layout_.down));
   std::vector<float> scratch(scratch_bytes / sizeof(float) + 1);
@@ -90,13 +92,47 @@ const char* ExpertLayer::Pack(const LayerPart& part, size_t expert, const Expert
 
 void ExpertLayer::Unload(size_t expert) {
   if (!resident_[expert].exchange(false)) return;
+  const bool is_mapped = owners_[expert] != nullptr;
+  BringHome(expert);
+  if (is_mapped) return;
   for (LayerPart& part : parts_) part.memory.Release(expert);
 }
 
 void ExpertLayer::LoadPacked(size_t expert, const uint8_t* packed) {
   resident_[expert].store(false, std::memory_order_release);
+  BringHome(expert);
   CutIntoParts(parts_, layout_, packed, expert);
   resident_[expert].store(true, std::memory_order_release);
+}
+
+bool ExpertLayer::MapPacked(size_t expert, const uint8_t* packed, std::shared_ptr<void> owner) {
+  if (parts_.size() != 1) return false;
+  if (reinterpret_cast<uintptr_t>(packed) % kRowBytes != 0)
+    throw std::invalid_argument("packed experts must lie at a multiple of 64 bytes");
+  Unload(expert);
+  parts_.front().places[expert] = packed;
+  owners_[expert] = std::move(owner);
+  num_mapped_.fetch_add(1, std::memory_order_relaxed);
+  resident_[expert].store(true, std::memory_order_release);
+  return true;
+}
+
+void ExpertLayer::BringHome(size_t expert) {
+  for (LayerPart& part : parts_) part.places[expert] = part.memory.At(expert);
+  if (owners_[expert] == nullptr) return;
+  owners_[expert].reset();
+  num_mapped_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void ExpertLayer::ReadAhead(const int64_t* expert_ids, size_t pairs) const {
+  std::vector<bool> is_seen(spec_.num_experts);
+  for (size_t i = 0; i < pairs; ++i) {
+    if (expert_ids[i] < 0 || owners_[static_cast<size_t>(expert_ids[i])] == nullptr) continue;
+    const auto expert = static_cast<size_t>(expert_ids[i]);
+    if (is_seen[expert]) continue;
+    is_seen[expert] = true;
+    ReadAheadIfAbsent(parts_.front().At(expert), layout_.bytes);
+  }
 }
 
 const uint8_t* ExpertLayer::Packed(size_t expert) const {
@@ -122,6 +158,8 @@ void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_
 
 std::shared_ptr<ForwardJob> ExpertLayer::Submit(const ForwardArgs& args) {
   CheckIds(args.expert_ids, args.tokens, args.top_k);
+  if (num_mapped_.load(std::memory_order_relaxed) != 0)
+    ReadAhead(args.expert_ids, args.tokens * args.top_k);
   auto job = std::make_shared<ForwardJob>(*this, args);
   pool_->Submit(job);
   return job;
@@ -129,6 +167,8 @@ std::shared_ptr<ForwardJob> ExpertLayer::Submit(const ForwardArgs& args) {
 
 std::shared_ptr<Job> ExpertLayer::SubmitLora(const TrainingArgs& args) {
   CheckIds(args.expert_ids, args.tokens, args.top_k);
+  if (num_mapped_.load(std::memory_order_relaxed) != 0)
+    ReadAhead(args.expert_ids, args.tokens * args.top_k);
   auto job = std::make_shared<LoraForwardJob>(*this, args);
   pool_->Submit(job);
   return job;
@@ -136,6 +176,8 @@ std::shared_ptr<Job> ExpertLayer::SubmitLora(const TrainingArgs& args) {
 
 std::shared_ptr<Job> ExpertLayer::SubmitBackward(const TrainingArgs& args) {
   CheckIds(args.expert_ids, args.tokens, args.top_k);
+  if (num_mapped_.load(std::memory_order_relaxed) != 0)
+    ReadAhead(args.expert_ids, args.tokens * args.top_k);
   auto job = std::make_shared<BackwardJob>(*this, args);
   pool_->Submit(job);
   return job;

@@ -118,6 +118,10 @@ class ExpertLayer {
   // Packed bytes, layout().bytes of them, as format/layout.hpp draws them: the same on any number
   // of nodes. An expert is loaded with those of another layer.
   void LoadPacked(size_t expert, const uint8_t* packed);
+  // As LoadPacked, but the bytes stay where they are, at a multiple of 64; `owner` is kept until
+  // the expert is unloaded or loaded again. False, and nothing was done: nodes have parts of
+  // experts.
+  bool MapPacked(size_t expert, const uint8_t* packed, std::shared_ptr<void> owner);
   // Where they lie in one piece; null where nodes have parts of them.
   const uint8_t* Packed(size_t expert) const;
   void CopyPacked(size_t expert, uint8_t* target) const;
@@ -132,6 +136,10 @@ class ExpertLayer {
   friend class ForwardJob;
   friend class TrainingJob;
   void CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const;
+  // The expert lies in the layer's own memory from now on.
+  void BringHome(size_t expert);
+  // Asks the system to read what is not in memory of the mapped experts that are about to be used.
+  void ReadAhead(const int64_t* expert_ids, size_t pairs) const;
   const char* Pack(const LayerPart& part, size_t expert, const ExpertSource& source,
                    float* scratch);
 
@@ -143,6 +151,8 @@ class ExpertLayer {
   std::shared_ptr<NodeBinder> binder_;
   std::vector<LayerPart> parts_;  // one for each node that has one, in the order of the nodes
   std::vector<std::atomic<bool>> resident_;
+  std::vector<std::shared_ptr<void>> owners_;  // of mapped experts; null for those at home
+  std::atomic<size_t> num_mapped_{0};
 };
 
 }  // namespace kt

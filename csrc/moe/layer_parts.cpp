@@ -44,7 +44,8 @@ std::vector<LayerPart> MakeLayerParts(const ExpertLayout& whole, size_t experts,
     const ExpertLayout layout =
         MakeExpertLayout(whole.has_gate, whole.has_bias, PanelsOf(whole.up, ups[n], ups[n + 1]),
                          PanelsOf(whole.down, downs[n], downs[n + 1]));
-    parts.push_back({ups[n], downs[n], layout, ExpertMemory(experts, layout.bytes)});
+    parts.push_back({ups[n], downs[n], layout, ExpertMemory(experts, layout.bytes), {}});
+    for (size_t e = 0; e < experts; ++e) parts[n].places.push_back(parts[n].memory.At(e));
   }
   // Only now that nothing can throw any more: what is bound is to be unbound.
   for (size_t n = 0; n < count; ++n) binder.Bind(parts[n].memory.At(0), parts[n].memory.bytes(), n);

@@ -16,8 +16,9 @@ struct LayerPart {
   size_t first_up, first_down;  // panels before its first ones in the whole expert
   ExpertLayout layout;
   ExpertMemory memory;
+  std::vector<const uint8_t*> places;  // of each expert: in `memory`, or in somebody else's
 
-  const uint8_t* At(size_t expert) const { return memory.At(expert); }
+  const uint8_t* At(size_t expert) const { return places[expert]; }
 };
 
 // Where each part begins and, behind them, where the last one ends: in twos, as the kernels take

@@ -47,6 +47,22 @@ std::vector<int> NodesOfPages(const void* base, size_t bytes) {
   return nodes;
 }
 
+void ReadAheadIfAbsent(const uint8_t* base, size_t bytes) {
+  // One call reads no more than the device's read-ahead, 128 KiB where nobody changed it
+  // (force_page_cache_ra in the kernel's mm/readahead.c).
+  constexpr size_t kStep = 128 << 10;
+  const uintptr_t page = PageBytes();
+  const uintptr_t first = reinterpret_cast<uintptr_t>(base) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(base) + bytes;
+  const auto is_here = [&](uintptr_t at) {
+    unsigned char state = 1;
+    return mincore(reinterpret_cast<void*>(at / page * page), page, &state) != 0 || state & 1;
+  };
+  if (is_here(first) && is_here(end - 1)) return;
+  for (uintptr_t at = first; at < end; at += kStep)
+    madvise(reinterpret_cast<void*>(at), at + kStep < end ? kStep : end - at, MADV_WILLNEED);
+}
+
 NodeBinder::NodeBinder(std::vector<Topology::Node> nodes, BindPages bind)
     : nodes_(std::move(nodes)), bind_(std::move(bind)), bound_bytes_(nodes_.size()) {}
 

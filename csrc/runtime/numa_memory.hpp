@@ -24,6 +24,10 @@ int TryToBind(int node);
 // Throws std::system_error where the kernel does not say.
 std::vector<int> NodesOfPages(const void* base, size_t bytes);
 
+// Starts to read a range of mapped files whose first or last page is not in memory, and returns.
+// Linux tells of pages of files only whom they belong to; to others all are in memory.
+void ReadAheadIfAbsent(const uint8_t* base, size_t bytes);
+
 // The nodes of one engine: binds memory to them and remembers what was refused. Memory on the wrong
 // node is slow, not wrong, so a refusal is no error; `refusal` is for those who wonder why.
 class NodeBinder {

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from kt_core.checkpoint.safetensors_files import Checkpoint, TensorInfo, open_checkpoint
+from kt_core.checkpoint.decoded import DecodedCheckpoint
+from kt_core.checkpoint.packed_directory import PackedDirectory, open_packed
+from kt_core.checkpoint.safetensors_files import Checkpoint, open_checkpoint
+from kt_core.interfaces import TensorInfo
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "DecodedCheckpoint",
+    "PackedDirectory",
+    "TensorInfo",
+    "open_checkpoint",
+    "open_packed",
+]

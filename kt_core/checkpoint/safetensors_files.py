@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_core.errors import CheckpointError
+from kt_core.interfaces import QuantizedTensor, StoredMatrix, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -23,23 +23,6 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """Where one tensor is.
-
-    Attributes:
-        file: The safetensors file.
-        dtype: The format's own word: ``BF16``, ``F32``, ``F8_E4M3`` ...
-        shape: Its dimensions.
-        size_bytes: Bytes it takes in the file.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    size_bytes: int
 
 
 class Checkpoint:
@@ -75,6 +58,25 @@ class Checkpoint:
             raise CheckpointError(msg)
         value: torch.Tensor = self._handle(name).get_slice(name)[row : row + 1]
         return value
+
+    def read_matrix(self, name: str, row: int | None = None) -> torch.Tensor | QuantizedTensor:
+        """Return a matrix, ``[out, in]``, as it is stored.
+
+        Args:
+            name: A tensor.
+            row: Which matrix of a stack; None where the tensor is one.
+        """
+        return self.read(name) if row is None else self.read_row(name, row)[0]
+
+    def stored(self, name: str) -> StoredMatrix | None:
+        """Return how a quantised tensor is stored; None for one of floating-point numbers."""
+        del name
+        return None
+
+    @property
+    def is_as_on_disk(self) -> bool:
+        """Whether the tensors are those of the files, so that others can read them there."""
+        return True
 
     def close(self) -> None:
         """Give the mapped files back. A later read maps them again."""
@@ -203,8 +205,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         )
         raise CheckpointError(msg)
     _check_header(file)
+    first = _LENGTH_BYTES + length
     return {
-        name: TensorInfo(file=file, dtype=dtype, shape=shape, size_bytes=end - begin)
+        name: TensorInfo(
+            file=file, dtype=dtype, shape=shape, size_bytes=end - begin, offset=first + begin
+        )
         for name, (dtype, shape, begin, end) in entries.items()
     }
 

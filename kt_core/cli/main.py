@@ -14,7 +14,20 @@ import pluggy
 import typer
 
 from kt_core import __version__, plugins
-from kt_core.cli import backends, bench, doctor, models, place, plan, run, trace, version
+from kt_core.cli import (
+    backends,
+    bench,
+    cache,
+    doctor,
+    models,
+    place,
+    plan,
+    quant,
+    run,
+    trace,
+    verify,
+    version,
+)
 from kt_core.cli import plugins as plugins_command
 from kt_core.cli.app import App
 from kt_core.cli.output import LogHandler, complain, remark, write
@@ -35,6 +48,7 @@ Examples:
 * `kt run demo "What is the capital of France?"` answers one question
 * `kt run demo` starts a chat
 * `kt plan deepseek-v3` says what a model takes on this machine, and how fast it will be
+* `kt quant ./Qwen3-30B-A3B ./qwen3-int4 --format int4` packs a model once, so that it starts fast
 * `kt doctor` says what can run on this machine
 """
 
@@ -50,7 +64,10 @@ def build_app(registry: plugins.Registry) -> App:
         context_settings={"obj": registry, "help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    commands = (run, plan, bench, trace, place, doctor, backends, models, plugins_command, version)
+    commands = (
+        run, plan, quant, verify, cache, bench, trace, place, doctor, backends, models,
+        plugins_command, version,
+    )  # fmt: skip
     for command in commands:
         command.register(app)
     registry.add_commands(app)

@@ -13,7 +13,14 @@ from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -111,13 +118,22 @@ def show(renderable: RenderableType) -> None:
 
 
 @contextmanager
-def progress_bar(first_stage: str) -> Iterator[ProgressCallback]:
-    """Show long work on a terminal's stderr; the bar vanishes when it is done."""
+def progress_bar(first_stage: str, *, with_rest: bool = False) -> Iterator[ProgressCallback]:
+    """Show long work on a terminal's stderr; the bar vanishes when it is done.
+
+    Args:
+        first_stage: What is shown until the first report.
+        with_rest: Whether to show the time that is left, for work that takes minutes.
+    """
     console = errors_console()
     if not console.is_terminal or console.is_dumb_terminal:
         yield no_progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+    ]  # fmt: skip
+    if with_rest:
+        columns += [TextColumn("left:"), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True, refresh_per_second=5) as bar:
         task = bar.add_task(first_stage, total=None)
 

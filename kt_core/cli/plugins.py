@@ -45,6 +45,7 @@ def _describe(registry: Registry) -> list[dict[str, Any]]:
     tables: dict[str, Table[Any]] = {
         "backends": registry.backends,
         "formats": registry.formats,
+        "checkpoints": registry.checkpoint_formats,
         "model adapters": registry.adapters,
         "models": registry.sources,
         "placement policies": registry.policies,

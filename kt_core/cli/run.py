@@ -22,6 +22,7 @@ Examples:
 * `kt run demo "What is the capital of France?" --temperature 0`
 * `kt run ./Qwen3-30B-A3B --format int4` starts a chat
 * `kt run ./Qwen3-30B-A3B --format int4 --dense-format int8` packs all large layers
+* `kt run ./Qwen3-30B-A3B --format int4 --cache` starts faster the next time
 * `kt run demo < question.txt`
 * `kt run demo "Say hello" --json | jq .decode_tokens_per_s`
 """
@@ -40,6 +41,7 @@ def run(
     weight_format: option.Format = "auto",
     device: option.Device = "auto",
     dense_format: option.DenseFormat = "none",
+    cache: option.Cache = False,
     threads: option.Threads = None,
     max_new_tokens: option.MaxNewTokens = 512,
     temperature: option.Temperature = 0.7,
@@ -80,6 +82,7 @@ def run(
         "device": device,
         "threads": threads,
         "dense_format": dense_format,
+        "cache": cache,
     }
     if not verbose:
         silence_transformers()

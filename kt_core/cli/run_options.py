@@ -82,6 +82,15 @@ DenseFormat: TypeAlias = Annotated[
         autocompletion=complete_dense_format,
     ),
 ]
+Cache: TypeAlias = Annotated[
+    bool,
+    _option(
+        "--cache",
+        "",
+        _EXPERTS,
+        "Keep the packed experts for the next start, which maps them: see `kt cache`.",
+    ),
+]
 MaxNewTokens: TypeAlias = Annotated[
     int, _option("--max-new-tokens", "N", _ANSWER, "End after N tokens.", min=1)
 ]

@@ -13,14 +13,23 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
-from kt_core.checkpoint import open_checkpoint
+from kt_core.checkpoint import open_checkpoint, open_packed
 from kt_core.engine.chat import load_tokenizer, prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
-from kt_core.engine.model_files import adapters_for, model_config, read_config, resolve_model
+from kt_core.engine.model_files import (
+    adapters_for,
+    model_config,
+    read_config,
+    resolve_model,
+)
+from kt_core.engine.packed_cache import cached
+from kt_core.engine.packed_loading import check_asked_format
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats
+from kt_core.engine.stored_checkpoint import open_stored, without_quantization
 from kt_core.engine.text_stream import Decoder, TextStream
 from kt_core.errors import (
     InvalidRequestError,
@@ -47,6 +56,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     precision: ActivationPrecision | str = ActivationPrecision.AUTO,
     dense_format: str = "none",
+    cache: bool = False,
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
@@ -55,7 +65,7 @@ def load(
     Args:
         model: A model directory, a registered name such as ``demo``, or a hub id.
         format: Weight format of the routed experts; ``auto`` takes the first of bf16, int8 and
-            int4 that fits into memory.
+            int4 that fits into memory, and leaves experts that are quantised as they are.
         device: Where experts are computed; ``auto`` takes the best there is.
         threads: Host threads for the experts and for torch; None for one per physical core.
         dtype: Type of the dense part; ``auto`` follows the checkpoint.
@@ -63,6 +73,8 @@ def load(
         dense_format: Weight format of attention, dense MLPs, shared experts and the output head,
             which are then computed by the device, too; ``none`` leaves them to torch as the
             checkpoint has them. Routers, norms and embeddings always stay.
+        cache: Pack the experts into ``$XDG_CACHE_HOME/kt/packed`` first, where the next start
+            finds them; ``format`` must be named.
         registry: The plug-ins; None loads the installed ones.
         progress: Told how far loading has come.
 
@@ -81,8 +93,17 @@ def load(
     )
     directory = resolve_model(model, registry, progress)
     config_dict = read_config(directory)
-    config = model_config(directory, config_dict, registry)
-    checkpoint = open_checkpoint(directory)
+    packed_experts = open_packed(directory, config_dict)
+    if cache and packed_experts is None:
+        directory = cached(directory, registry, format, threads, progress)
+        config_dict = read_config(directory)
+        packed_experts = open_packed(directory, config_dict)
+    config = model_config(directory, without_quantization(config_dict), registry)
+    if packed_experts:
+        check_asked_format(packed_experts, format, registry)
+        checkpoint = open_checkpoint(directory)
+    else:
+        checkpoint = open_stored(directory, config_dict, registry)
     tokenizer = load_tokenizer(directory, config)
     opened = backend.open(device_info.name, threads=threads)
     try:
@@ -95,6 +116,7 @@ def load(
             precision=chosen_precision,
             progress=progress,
             dense=DenseLoader(opened, packed, chosen_precision) if packed else None,
+            packed=packed_experts,
         )
         loaded = load_model(directory, config, loader, dtype)
     except BaseException:
@@ -259,7 +281,6 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return how the model was loaded."""
         loader = self._loader
-        assert loader.weight_format is not None
         device = loader.device
         sites = [loaded.site for loaded in loader.sites]
         kernels = [loaded.kernel for loaded in loader.sites]
@@ -267,7 +288,7 @@ class Engine:
         return EngineStats(
             model=str(self._directory),
             model_type=self.model.config.model_type,
-            format=loader.weight_format.descriptor.name,
+            format=formats_name(loader.formats.values()),
             device=device.info.name,
             isa=device.capabilities.instruction_set,
             threads=device.threads,

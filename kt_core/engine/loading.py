@@ -7,7 +7,7 @@ is read or memory is taken: experts found, shapes right, format possible, room e
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +18,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kt_core import hardware
-from kt_core.checkpoint import Checkpoint
+from kt_core.checkpoint import Checkpoint, PackedDirectory
+from kt_core.checkpoint.packed_directory import MappedExperts
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
+from kt_core.engine.packed_loading import check_packed_sites, packed_formats
 from kt_core.engine.sites import find_sites, split_tied
+from kt_core.engine.stored_experts import StoredExperts, find_stored
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import (
     CheckpointError,
@@ -33,14 +37,14 @@ from kt_core.interfaces import (
     ExpertDevice,
     ExpertKernel,
     ExpertsSite,
+    ExpertWeights,
     ModelAdapter,
     Progress,
-    WeightFormat,
 )
 from kt_core.moe.hybrid_experts import HybridExperts
-from kt_core.plan.fitting import first_that_fits, format_names, packed_bytes
+from kt_core.plan.fitting import first_that_fits
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision
+from kt_core.types import ActivationPrecision, Format
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +53,38 @@ _FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 @dataclass(slots=True)
 class LoadedSite:
-    """One experts module and where its weights come from."""
+    """One experts module and where its weights come from.
+
+    Attributes:
+        site: The module.
+        kernel: What its experts are loaded into.
+        tensors: Of each of its parameters.
+        stored: Reads experts that stay as they are stored; None where none is quantised.
+        mapped: Experts that are packed already, instead of tensors.
+    """
 
     site: ExpertsSite
-    tensors: dict[str, ExpertTensors]
     kernel: ExpertKernel
+    tensors: dict[str, ExpertTensors] = field(default_factory=dict)
+    stored: StoredExperts | None = None
+    mapped: MappedExperts | None = None
+
+    def load(self, expert: int) -> None:
+        """Read and pack one expert, or map it.
+
+        Raises:
+            CheckpointError: A number is NaN or infinite.
+        """
+        if self.mapped is not None:
+            self.kernel.map_packed(expert, self.mapped.expert(expert))
+            return
+        weights = read_expert(self.site, self.tensors, self.stored, expert)
+        try:
+            self.kernel.load(expert, weights)
+        except ValueError as error:
+            names = [name for tensors in self.tensors.values() for name in tensors.names(expert)]
+            msg = f"expert {expert} of {self.site.module_name}: {error} (from {', '.join(names)})"
+            raise CheckpointError(msg) from error
 
 
 @dataclass(slots=True)
@@ -68,7 +99,9 @@ class ExpertLoader:
         format_name: What the user asked for, ``auto`` included.
         precision: What becomes of the hidden states.
         progress: Told how far it has come.
+        formats: What the experts become, by the prefix of their parameters; once chosen.
         dense: Packs dense layers, too; None where they stay as the checkpoint has them.
+        packed: Where the experts are packed already; None for a checkpoint.
     """
 
     checkpoint: Checkpoint
@@ -79,7 +112,8 @@ class ExpertLoader:
     precision: ActivationPrecision
     progress: Progress
     dense: DenseLoader | None = None
-    weight_format: WeightFormat | None = None
+    packed: PackedDirectory | None = None
+    formats: dict[str, Format] = field(default_factory=dict)
     sites: list[LoadedSite] = field(default_factory=list)
     dense_shapes: dict[str, torch.Size] = field(default_factory=dict)
 
@@ -90,18 +124,20 @@ class ExpertLoader:
         """
         sites = find_sites(model, self.adapters)
         own, tied = split_tied(model, sites)
-        wanted = {
-            f"{site.parameter_prefix}.{name}": _rows(model, site, name)
-            for site in own
-            for name in site.parameters
-        }
+        wanted = {} if self.packed else expert_parameters(model, own)
         dense = self.dense.choose(model, sites) if self.dense else ()
         sources = find_sources(self.checkpoint, model, {*wanted, *dense})
         tensors = index_experts(sources, model, wanted)
-        _check_tensors(self.checkpoint, model, own, tensors)
+        if self.packed:
+            check_packed_sites(self.packed, own, self.device)
+        else:
+            check_tensors(self.checkpoint, model, own, tensors)
         if self.dense:
             self.dense.replace(model, sources)
-        self.weight_format = self._choose_format(model, own)
+        if self.packed:
+            self.formats = packed_formats(self.packed, own)
+        else:
+            self.formats = self._choose_formats(model, own, tensors)
         self._replace(model, own, tied, tensors)
         self.dense_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
@@ -114,7 +150,7 @@ class ExpertLoader:
         if self.dense:
             self._run("packed dense layers", self.dense.tasks())
         experts = [
-            partial(_load_expert, loaded, expert)
+            partial(loaded.load, expert)
             for loaded in self.sites
             for expert in range(loaded.site.spec.num_experts)
         ]
@@ -133,18 +169,24 @@ class ExpertLoader:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _choose_format(self, model: PreTrainedModel, sites: list[ExpertsSite]) -> WeightFormat:
-        """Return the format asked for, or for ``auto`` the best that fits.
+    def _choose_formats(
+        self,
+        model: PreTrainedModel,
+        sites: list[ExpertsSite],
+        tensors: Mapping[str, ExpertTensors],
+    ) -> dict[str, Format]:
+        """Return the formats asked for, or for ``auto`` the best that fit.
 
         Raises:
-            UnsupportedFormatError: The device cannot compute it.
-            NotEnoughMemoryError: It does not fit.
+            UnsupportedFormatError: The device cannot compute them.
+            NotEnoughMemoryError: They do not fit.
         """
-        names = format_names(self.format_name)
-        capabilities = self.device.capabilities
-        formats = [self.registry.formats.get(name) for name in names]
-        possible = [f for f in formats if capabilities.computes(f.descriptor)]
+        candidates = candidate_formats(
+            self.format_name, self.checkpoint, sites, tensors, self.registry
+        )
+        possible = [c for c in candidates if c.is_computed_by(self.device.capabilities)]
         if not possible:
+            capabilities = self.device.capabilities
             descriptors = [f.descriptor for f in self.registry.formats]
             others = [d.name for d in descriptors if capabilities.computes(d)]
             msg = (
@@ -153,14 +195,14 @@ class ExpertLoader:
             )
             raise UnsupportedFormatError(msg)
         dense_bytes = _dense_bytes(model, sites) + (self.dense.packed_bytes if self.dense else 0)
-        specs = [site.spec for site in sites]
-        packed = {
-            f.descriptor.name: packed_bytes(specs, f.descriptor, self.device.expert_bytes)
-            for f in possible
-        }
+        packed = {c.name: c.packed_bytes(self.device.expert_bytes) for c in possible}
+        if possible[0].is_stored:  # nothing larger is better than that
+            packed = {n: size for n, size in packed.items() if size <= packed[possible[0].name]}
         available = hardware.available_memory_bytes()
         name = first_that_fits(packed, dense_bytes, available, smaller=self._smaller_format())
-        return self.registry.formats.get(name)
+        chosen = next(candidate for candidate in possible if candidate.name == name)
+        chosen.explain(self.format_name)
+        return chosen.formats
 
     def _smaller_format(self) -> str:
         can_pack = self.dense is None and self.device.capabilities.computes_dense
@@ -173,15 +215,19 @@ class ExpertLoader:
         tied: list[tuple[str, ExpertsSite]],
         tensors: dict[str, ExpertTensors],
     ) -> None:
-        assert self.weight_format is not None
         kernels: dict[str, ExpertKernel] = {}
         for site in own:
-            kernel = self.device.expert_kernel(
-                site.spec, self.weight_format.descriptor, precision=self.precision
-            )
-            kernels[site.parameter_prefix] = kernel
-            parts = {name: tensors[f"{site.parameter_prefix}.{name}"] for name in site.parameters}
-            self.sites.append(LoadedSite(site, parts, kernel))
+            prefix = site.parameter_prefix
+            weight_format = self.formats[prefix]
+            kernel = self.device.expert_kernel(site.spec, weight_format, precision=self.precision)
+            kernels[prefix] = kernel
+            loaded = LoadedSite(site, kernel)
+            if self.packed:
+                loaded.mapped = self.packed.experts(prefix, self.checkpoint)
+            else:
+                loaded.tensors = site_tensors(site, tensors)
+                loaded.stored = stored_experts(self.checkpoint, site, loaded.tensors, weight_format)
+            self.sites.append(loaded)
         for site in own:
             _swap(model, site, kernels[site.parameter_prefix])
         for owner, site in tied:
@@ -206,9 +252,9 @@ def load_model(
     cls = model_class(config)
     try:
         model, info = cls.from_pretrained(
-            directory,
             config=config,
             dtype=dtype,
+            **_where_weights_are(directory, loader.checkpoint),
             quantization_config=hook.KtLoadingConfig(loader.prepare),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _check_loaded names them
@@ -223,10 +269,22 @@ def load_model(
     loader.fill()
     loader.checkpoint.close()
     model.requires_grad_(False)
+    model.config.name_or_path = str(directory)
     result: PreTrainedModel = model.eval()
     if loader.dense:
         loader.dense.try_out(result)
     return result
+
+
+def _where_weights_are(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what tells transformers where to find the dense part."""
+    if checkpoint.is_as_on_disk:
+        return {"pretrained_model_name_or_path": directory}
+    return {
+        "pretrained_model_name_or_path": None,
+        "state_dict": hook.lazy_state(checkpoint),
+        "generation_config": hook.generation_config(directory),
+    }
 
 
 def _check_loaded(
@@ -252,23 +310,37 @@ def _check_loaded(
             raise CheckpointError(msg)
 
 
-def _load_expert(loaded: LoadedSite, expert: int) -> None:
-    rows = {name: tensors.read(expert) for name, tensors in loaded.tensors.items()}
-    try:
-        loaded.kernel.load(expert, loaded.site.expert_weights(rows))
-    except ValueError as error:
-        names = [name for tensors in loaded.tensors.values() for name in tensors.names(expert)]
-        msg = f"expert {expert} of {loaded.site.module_name}: {error} (from {', '.join(names)})"
-        raise CheckpointError(msg) from error
+def read_expert(
+    site: ExpertsSite,
+    tensors: Mapping[str, ExpertTensors],
+    stored: StoredExperts | None,
+    expert: int,
+) -> ExpertWeights:
+    """Return an expert's weights: as they are stored where the format is that, else dense."""
+    if stored and stored.is_exact(expert):
+        return stored.read(expert)
+    return site.expert_weights({name: parts.read(expert) for name, parts in tensors.items()})
 
 
-def _rows(model: PreTrainedModel, site: ExpertsSite, name: str) -> int:
-    """How many experts the parameter holds: more than compute, in models with identity experts."""
-    parameter = model.get_parameter(f"{site.parameter_prefix}.{name}")
-    return int(parameter.shape[0])
+def stored_experts(
+    checkpoint: Checkpoint,
+    site: ExpertsSite,
+    tensors: Mapping[str, ExpertTensors],
+    weight_format: Format,
+) -> StoredExperts | None:
+    """Return who reads experts as they are stored; None where none is quantised."""
+    if checkpoint.is_as_on_disk:
+        return None
+    return find_stored(checkpoint, site, tensors, weight_format)
 
 
-def _check_tensors(
+def expert_parameters(model: PreTrainedModel, sites: Iterable[ExpertsSite]) -> dict[str, int]:
+    """How many experts each parameter holds: more than compute, in models with identity experts."""
+    names = [f"{site.parameter_prefix}.{name}" for site in sites for name in site.parameters]
+    return {name: int(model.get_parameter(name).shape[0]) for name in names}
+
+
+def check_tensors(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     sites: list[ExpertsSite],

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from kt_core.errors import (
     CheckpointError,
     ModelSourceError,
-    UnsupportedFormatError,
     UnsupportedModelError,
 )
 from kt_core.interfaces import ModelAdapter, Progress, no_progress
@@ -18,6 +17,7 @@ from kt_core.paths import cache_dir
 from kt_core.plugins import Registry
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -99,23 +99,8 @@ def _number_or_dict(value: dict[str, Any]) -> Any:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json.
-
-    Raises:
-        CheckpointError: As ``parse_config``.
-        UnsupportedFormatError: The weights are already quantised.
-    """
-    config = parse_config(directory / "config.json")
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    if stored := next(filter(None, (part.get("quantization_config") for part in parts)), None):
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        msg = (
-            f"the {config['model_type']!r} checkpoint in {directory} is quantised already "
-            f"(quant_method {method!r}). This version reads bf16, float16 and float32 weights: "
-            "use the unquantised checkpoint, kt quantises while it loads."
-        )
-        raise UnsupportedFormatError(msg)
-    return config
+    """Return config.json; errors as ``parse_config``."""
+    return parse_config(directory / "config.json")
 
 
 def model_config(
@@ -188,3 +173,13 @@ def model_class(config: PreTrainedConfig) -> Any:
         f"(architectures: {config.architectures})"
     )
     raise UnsupportedModelError(msg)
+
+
+def model_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the type that transformers loads a model in when nobody says another."""
+    import torch
+
+    for owner in (config, config.get_text_config(decoder=True)):
+        if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
+            return dtype
+    return torch.float32  # what transformers takes where nobody says

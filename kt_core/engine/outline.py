@@ -23,6 +23,7 @@ from kt_core.engine.model_files import (
     config_from_dict,
     first_line,
     model_class,
+    model_dtype,
     parse_config,
 )
 from kt_core.engine.sites import find_sites, split_tied
@@ -105,7 +106,7 @@ def outline_config(
     config: PreTrainedConfig, registry: Registry, *, model_type: str | None = None
 ) -> ModelOutline:
     """Return the outline of the model that this config describes; errors as ``outline_model``."""
-    dtype = _dtype(config)
+    dtype = model_dtype(config)
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config)(config).to(dtype).eval()
     sites = find_sites(model, adapters_for(model_type or config.model_type, registry))
@@ -143,13 +144,6 @@ def outline_config(
         vocab_size=text.vocab_size,
         **measured,
     )
-
-
-def _dtype(config: PreTrainedConfig) -> torch.dtype:
-    for owner in (config, config.get_text_config(decoder=True)):
-        if isinstance(dtype := getattr(owner, "dtype", None), torch.dtype):
-            return dtype
-    return torch.float32  # what transformers takes where nobody says
 
 
 def _dense_parts(model: PreTrainedModel, sites: list[ExpertsSite]) -> dict[str, int]:

@@ -6,9 +6,12 @@ parameters leave the module tree, so transformers never reads their tensors. The
 layers that are packed; the rest it loads as ever. What their tensors are called on disk is the
 business of ``transformers_tensors``.
 
+What only we can read reaches it as a state dict of tensors that are read when they are asked for.
+
 Public: ``register_quantizer``, ``register_quantization_config``, ``HfQuantizer``. Private, and
 proven by tests/engine/test_loading_hook.py on the versions that pyproject.toml allows:
-``all_tied_weights_keys``, ``_keys_to_ignore_on_load_unexpected``, ``_keep_in_fp32_modules``.
+``str_to_torch_dtype``, ``all_tied_weights_keys``, ``_keys_to_ignore_on_load_unexpected``,
+``_keep_in_fp32_modules``.
 """
 
 from __future__ import annotations
@@ -16,13 +19,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kt_core.checkpoint import Checkpoint
+from kt_core.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +41,11 @@ METHOD = "kt"
 class KtLoadingConfig(QuantizationConfigMixin):
     """Carries our loader into ``from_pretrained``; nothing of it is ever saved."""
 
-    def __init__(self, prepare: Callable[[PreTrainedModel], None] | None = None) -> None:
-        """Take the function that replaces modules."""
+    def __init__(
+        self, prepare: Callable[[PreTrainedModel], None] | None = None, **stored: Any
+    ) -> None:
+        """Take the function that replaces modules; ``stored`` is what a packed model says."""
+        del stored
         self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration of theirs
         self.prepare = prepare
 
@@ -64,7 +75,12 @@ class KtQuantizer(HfQuantizer):
         del kwargs
         config = self.quantization_config
         assert isinstance(config, KtLoadingConfig)
-        assert config.prepare is not None
+        if config.prepare is None:
+            msg = (
+                f"the experts of {model.config.name_or_path} are packed by kt, which transformers "
+                "cannot read alone: load it with `kt_core.load`, or run it with `kt run`"
+            )
+            raise CheckpointError(msg)
         config.prepare(model)
         return model
 
@@ -77,6 +93,38 @@ class KtQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients pass through packed experts; what is trained stands beside them."""
         return True
+
+
+class _LazyTensor:
+    """Looks like a slice of a safetensors file: reads when it is indexed with ``[...]``."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint = checkpoint
+        self._name = name
+        self.shape = checkpoint.tensors[name].shape
+        self.dtype = str_to_torch_dtype[checkpoint.tensors[name].dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        value: torch.Tensor = self._checkpoint.read(self._name)[index]
+        return value
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+
+def lazy_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return all tensors for ``from_pretrained(None, state_dict=...)``; none is read yet."""
+    return {name: _LazyTensor(checkpoint, name) for name in checkpoint.tensors}
+
+
+def generation_config(directory: Path) -> GenerationConfig | None:
+    """Return what the model directory says about generation, where it says something."""
+    if not (directory / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(directory)
 
 
 def forget_experts(model: PreTrainedModel, modules: Sequence[str], prefixes: Sequence[str]) -> None:

@@ -228,7 +228,7 @@ class ExpertTensors:
 
     def read(self, expert: int) -> torch.Tensor:
         """Return the parameter's row of one expert, in the checkpoint's type."""
-        return self._convert(expert, self._read_source)
+        return self.convert(expert, self._read_source)
 
     def shape(self, expert: int) -> tuple[int, ...]:
         """Return the shape ``read`` would give, from the headers alone.
@@ -243,7 +243,7 @@ class ExpertTensors:
             return torch.empty((1, *shape[1:]) if self._is_fused else shape, device="meta")
 
         try:
-            return tuple(self._convert(expert, empty).shape)
+            return tuple(self.convert(expert, empty).shape)
         except RuntimeError as error:
             names = ", ".join(self.names(expert))
             msg = f"the tensors of {self.parameter} ({names}) do not fit together: {error}"
@@ -254,8 +254,21 @@ class ExpertTensors:
             return self._checkpoint.read_row(name, expert)
         return self._checkpoint.read(name)
 
-    def _convert(self, expert: int, read: Callable[[str, int], torch.Tensor]) -> torch.Tensor:
-        """Run transformers' own operations on one expert: stacks and lists of length 1."""
+    @property
+    def is_fused(self) -> bool:
+        """Whether one tensor holds the row of every expert."""
+        return self._is_fused
+
+    def convert(self, expert: int, read: Callable[[str, int], torch.Tensor]) -> torch.Tensor:
+        """Make the parameter's row of one expert of tensors from elsewhere.
+
+        Runs transformers' own operations on one expert: stacks and lists of length 1.
+
+        Args:
+            expert: Its number.
+            read: Given a name of ``names`` and the expert, returns a tensor: with a first
+                dimension of 1 where ``is_fused``.
+        """
         at = 0 if self._is_fused else expert
         if self._converter is None:
             (names,) = self._sources.values()

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from kt_core.interfaces.backend import Backend, ExpertDevice
+from kt_core.interfaces.checkpoint_format import (
+    CheckpointFormat,
+    Decode,
+    ReadTensor,
+    StoredMatrix,
+    TensorInfo,
+)
 from kt_core.interfaces.expert_kernel import (
     ExpertGradients,
     ExpertKernel,
@@ -28,6 +35,8 @@ from kt_core.interfaces.weight_format import QuantizedTensor, WeightFormat, stor
 
 __all__ = [
     "Backend",
+    "CheckpointFormat",
+    "Decode",
     "ExpertDevice",
     "ExpertGradients",
     "ExpertGrid",
@@ -47,8 +56,11 @@ __all__ = [
     "PlacementPolicy",
     "Progress",
     "QuantizedTensor",
+    "ReadTensor",
     "RoutingStatistics",
+    "StoredMatrix",
     "Swap",
+    "TensorInfo",
     "Ticket",
     "WeightFormat",
     "no_progress",

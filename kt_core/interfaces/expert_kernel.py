@@ -166,6 +166,23 @@ class ExpertKernel(ABC):
         del packed
         raise ValueError(self._why_unmoved(expert))
 
+    def map_packed(self, expert: int, packed: torch.Tensor) -> bool:
+        """As ``load_packed``, but use the bytes where they are, if the kernel can.
+
+        For experts in mapped files: pages are read when they are first used, and may be dropped by
+        the system. ``packed`` is on the host, at an address that is a multiple of 64.
+
+        Returns:
+            Whether the kernel keeps ``packed``, which then must not change until the expert is
+            unloaded or loaded again. By default, and on devices with memory of their own, it is
+            copied.
+
+        Raises:
+            ValueError: As for ``load_packed``.
+        """
+        self.load_packed(expert, packed)
+        return False
+
     def _why_unmoved(self, expert: int) -> str:
         return (
             f"{type(self).__name__} cannot move expert {expert} as packed bytes: load its weights "

@@ -36,6 +36,7 @@ _SIZES = (32, 64, 128)
 _INTEGERS_IN_GROUPS: tuple[tuple[Element, ScaleType, str, tuple[int, ...]], ...] = (
     (Element.INT8, ScaleType.BF16, "", (16, *_SIZES)),
     (Element.INT8, ScaleType.FLOAT16, "", (32,)),  # GGUF's Q8_0
+    (Element.INT8, ScaleType.FLOAT32, "", (16, 32)),  # its Q6_K, and its IQ4_XS
     (Element.INT4, ScaleType.BF16, "", _SIZES),
     (Element.INT4, ScaleType.BF16, "asym", _SIZES),
     (Element.INT4, ScaleType.BF16, "min", _SIZES),

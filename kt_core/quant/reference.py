@@ -124,8 +124,13 @@ def _grouped(weight: torch.Tensor, weight_format: Format) -> torch.Tensor:
     return functional.pad(weight, (0, padding)).reshape(weight.shape[0], -1, size)
 
 
-def _stored(scale: torch.Tensor, weight_format: Format) -> torch.Tensor:
-    types = {ScaleType.BF16: torch.bfloat16, ScaleType.FLOAT16: torch.float16}
+def stored_scale(scale: torch.Tensor, weight_format: Format) -> torch.Tensor:
+    """Return the nearest numbers that the format's scales can be; not for e8m0."""
+    types = {
+        ScaleType.BF16: torch.bfloat16,
+        ScaleType.FLOAT16: torch.float16,
+        ScaleType.E4M3: torch.float8_e4m3fn,
+    }
     stored = types.get(weight_format.scale or ScaleType.FLOAT32, torch.float32)
     return scale.to(stored).float()
 
@@ -137,7 +142,7 @@ def _divide(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _symmetric(groups: torch.Tensor, weight_format: Format) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = (-127, 127) if weight_format.element is Element.INT8 else (-8, 7)
-    scale = _stored(groups.abs().amax(dim=-1, keepdim=True) / high, weight_format)
+    scale = stored_scale(groups.abs().amax(dim=-1, keepdim=True) / high, weight_format)
     codes = _divide(groups, scale).clamp(low, high).round()
     return codes.to(torch.int8), scale
 
@@ -147,7 +152,7 @@ def _asymmetric(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
     high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
-    scale = _stored((high - low) / 15, weight_format)
+    scale = stored_scale((high - low) / 15, weight_format)
     zero = _divide(-low, scale).clamp(0, 15).round()
     codes = (_divide(groups, scale).clamp(-15, 15).round() + zero).clamp(0, 15)
     return codes.to(torch.uint8), scale, zero.squeeze(-1).to(torch.uint8).contiguous()
@@ -158,8 +163,8 @@ def _from_minimum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
     high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
-    minimum = _stored(0 - low, weight_format)  # never -0
-    scale = _stored((high + minimum) / 15, weight_format)
+    minimum = stored_scale(0 - low, weight_format)  # never -0
+    scale = stored_scale((high + minimum) / 15, weight_format)
     codes = _divide(groups + minimum, scale).clamp(0, 15).round()
     # A scale of 0: the group is too small to have weights.
     minimum = torch.where(scale > 0, minimum, torch.zeros_like(minimum))
@@ -186,13 +191,13 @@ def _float(
         step = scale * outputs
         outputs = outputs.flatten()
     else:
-        step = scale = _stored(peak / largest, weight_format)
+        step = scale = stored_scale(peak / largest, weight_format)
     values = _divide(groups, step).clamp(-largest, largest)
-    codes = _nearest_fp4(values) if element is Element.FP4 else values.to(torch.float8_e4m3fn)
+    codes = nearest_fp4(values) if element is Element.FP4 else values.to(torch.float8_e4m3fn)
     return codes, scale, outputs
 
 
-def _nearest_fp4(values: torch.Tensor) -> torch.Tensor:
+def nearest_fp4(values: torch.Tensor) -> torch.Tensor:
     """The code of the nearest e2m1; of two that are as near, the even one."""
     magnitude = values.abs()
     codes = torch.signbit(values).to(torch.uint8) * 8

@@ -225,16 +225,12 @@ def test_missing_directory(tmp_path: Path) -> None:
             ["'swoosh'", "transformers 5", "Update transformers", "docs/add-a-model.md"],
         ),
         (
-            config(quantization_config={"quant_method": "fp8"}),
+            config(quantization_config={"quant_method": "swoosh"}),
             UnsupportedFormatError,
-            ["quantised already", "'fp8'", "use the unquantised checkpoint"],
+            ["quant_method 'swoosh'", "registered: ", "awq, ", "docs/checkpoints.md"],
         ),
-        (config(quantization_config="fp8"), UnsupportedFormatError, ["'fp8'"]),
-        (
-            config(text_config={"quantization_config": {"quant_method": "awq"}}),
-            UnsupportedFormatError,
-            ["'awq'"],
-        ),
+        (config(quantization_config="swoosh"), UnsupportedFormatError, ["'swoosh'"]),
+        (config(quantization_config={"bits": 4}), UnsupportedFormatError, ["None"]),
         (
             config(num_local_experts=4),
             CheckpointError,
@@ -576,7 +572,7 @@ def test_ctrl_c_starts_no_more_experts(checkpoint: Path, monkeypatch: pytest.Mon
             assert fraction < 1
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_load_expert", slow)
+    monkeypatch.setattr(loading.LoadedSite, "load", slow)
     with pytest.raises(KeyboardInterrupt):
         load(checkpoint, progress=interrupt)
     assert 0 < len(started) < 3 * 8

@@ -25,12 +25,14 @@ from kt_core.errors import BackendUnavailableError, PluginError, UnknownNameErro
 from kt_core.hookspecs import hookimpl
 from kt_core.interfaces import (
     Backend,
+    CheckpointFormat,
     ExpertDevice,
     ModelAdapter,
     ModelSource,
     NamedConfig,
     PlacementPolicy,
     QuantizedTensor,
+    StoredMatrix,
     WeightFormat,
 )
 from kt_core.plugins import Registry, Table
@@ -199,6 +201,7 @@ def test_without_entry_points_nothing_is_there(install: Callable[..., None]) -> 
         assert registry.plugins == {}
         assert registry.backends.names() == ()
         assert registry.formats.names() == ()
+        assert registry.checkpoint_formats.names() == ()
         assert registry.adapters.names() == ()
         assert registry.generic_adapters == []
         assert registry.sources.names() == ()
@@ -361,6 +364,27 @@ def test_hook_kt_register_formats_and_its_aliases() -> None:
     for name in ("wide", "w", "w16"):
         assert registry.formats.get(name) is first
     assert list(registry.formats) == [first, second]
+
+
+class FakeReader(CheckpointFormat):
+    def __init__(self, name: str, *aliases: str) -> None:
+        self.name = name
+        self.aliases = aliases
+
+    def matrices(self, config: object, tensors: object, read: object) -> list[StoredMatrix]:
+        raise NotImplementedError
+
+
+def test_hook_kt_register_checkpoint_formats_and_their_aliases() -> None:
+    reader = FakeReader("tiny", "smaller")
+
+    def kt_register_checkpoint_formats(register: Callable[[CheckpointFormat], None]) -> None:
+        register(reader)
+
+    hooks = {"kt_register_checkpoint_formats": kt_register_checkpoint_formats}
+    registry = load(plugin("ktt", **hooks))
+    assert registry.checkpoint_formats.names() == ("tiny", "smaller")
+    assert registry.checkpoint_formats.get("smaller") is reader
 
 
 def test_hook_kt_register_model_adapters() -> None:

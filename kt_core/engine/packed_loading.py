@@ -1,0 +1,63 @@
+"""Experts that are packed already: what must fit before they are mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kt_core.checkpoint import PackedDirectory
+from kt_core.errors import CheckpointError, UnsupportedFormatError
+from kt_core.interfaces import ExpertDevice, ExpertsSite
+from kt_core.plugins import Registry
+from kt_core.types import Format
+
+
+def check_packed_sites(
+    packed: PackedDirectory, sites: Sequence[ExpertsSite], device: ExpertDevice
+) -> None:
+    """Check that the packed experts are those of the model, and that the device computes them.
+
+    Raises:
+        CheckpointError: They belong to another model.
+        UnsupportedFormatError: The device does not compute their format.
+    """
+    layers = packed.config.layers
+    for site in sites:
+        layer = layers.get(site.parameter_prefix)
+        if layer is None or not layer.describes(site.spec):
+            found = "nothing for them" if layer is None else f"others: {layer}"
+            msg = (
+                f"the model in {packed.directory} has experts at {site.parameter_prefix}, of "
+                f"{site.spec}, its packed files have {found}. config.json was changed; copy it "
+                "again, or make it again with `kt quant`."
+            )
+            raise CheckpointError(msg)
+        if not device.capabilities.computes(layer.weight_format):
+            msg = (
+                f"{packed.directory} holds experts of format {layer.weight_format.name!r}, which "
+                f"device {device.info.name!r} does not compute: choose another device (`kt "
+                "backends` lists them), or pack the original model in another format."
+            )
+            raise UnsupportedFormatError(msg)
+
+
+def packed_formats(packed: PackedDirectory, sites: Iterable[ExpertsSite]) -> dict[str, Format]:
+    """Return the format of each site, by the path of its parameters."""
+    names = [site.parameter_prefix for site in sites]
+    return {name: packed.config.layers[name].weight_format for name in names}
+
+
+def check_asked_format(packed: PackedDirectory, name: str, registry: Registry) -> None:
+    """Refuse a format other than that of the packed experts.
+
+    Raises:
+        UnsupportedFormatError: Another one is asked for.
+    """
+    found = {layer.weight_format.name for layer in packed.config.layers.values()}
+    if name == "auto" or {registry.formats.get(name).descriptor.name} == found:
+        return
+    msg = (
+        f"{packed.directory} is packed as {', '.join(sorted(found))}, not {name}: leave --format "
+        f"out, or use the original model"
+        + (f" ({packed.config.source})" if packed.config.source else "")
+    )
+    raise UnsupportedFormatError(msg)
