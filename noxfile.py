@@ -22,13 +22,8 @@ CONSTRAINTS = ("-c", "constraints/cpu.txt", "-c", "constraints/tools.txt")
 # Packages that write and read checkpoints: what our readers are compared with.
 ORACLES = ("compressed-tensors", "gguf", "hypothesis")
 BUILD = Path("build/nox")
-<<<<<<< HEAD
-PACKAGES = ("kt_core", "kt_cpu", "kt_demo", "kt_models", "kt_sim")
+PACKAGES = ("kt_core", "kt_checkpoints", "kt_cpu", "kt_demo", "kt_models", "kt_sim")
 QUICK = ("-m", "not slow and not network and not sim")
-=======
-PACKAGES = ("kt_core", "kt_checkpoints", "kt_cpu", "kt_demo", "kt_models")
-QUICK = ("-m", "not slow and not network")
->>>>>>> wip/packed
 # A sanitizer's own memory is no measure of ours.
 ASAN_TESTS = ("-k", "not memory", "tests/kernels", "tests/unit/test_hardware_cpuid.py")
 # Else `python -c` in a test would import the source tree, which has no compiled extensions.

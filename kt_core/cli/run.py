@@ -22,6 +22,7 @@ Examples:
 * `kt run demo "What is the capital of France?" --temperature 0`
 * `kt run ./Qwen3-30B-A3B --format int4` starts a chat
 * `kt run ./Qwen3-30B-A3B --format int4 --dense-format int8` packs all large layers
+* `kt run ./Qwen3-30B-A3B --format int4 --device cuda --hot-experts 25%` shares the work
 * `kt run ./Qwen3-30B-A3B --format int4 --cache` starts faster the next time
 * `kt run demo < question.txt`
 * `kt run demo "Say hello" --json | jq .decode_tokens_per_s`
@@ -40,6 +41,9 @@ def run(
     *,
     weight_format: option.Format = "auto",
     device: option.Device = "auto",
+    hot_experts: option.HotExperts = "auto",
+    placement: option.Placement = "adaptive",
+    accelerator_memory: option.AcceleratorMemory = None,
     dense_format: option.DenseFormat = "none",
     cache: option.Cache = False,
     threads: option.Threads = None,
@@ -80,6 +84,9 @@ def run(
     where = {
         "format": weight_format,
         "device": device,
+        "hot_experts": hot_experts,
+        "placement": placement,
+        "accelerator_memory": _bytes(accelerator_memory),
         "threads": threads,
         "dense_format": dense_format,
         "cache": cache,
@@ -94,6 +101,14 @@ def run(
         else:
             messages = _with_system(text, system)
             (answer_json if as_json else answer)(engine, messages, raw=raw, options=options)
+
+
+def _bytes(size: str | None) -> int | None:
+    if size is None:
+        return None
+    from kt_core.plan.units import parse_bytes
+
+    return parse_bytes(size, "--accelerator-memory")
 
 
 def _prompt_text(prompt: str | None, *, raw: bool) -> str | None:

@@ -14,7 +14,8 @@ from kt_core.cli.completion import (
 )
 from kt_core.cli.output import JSON_HELP
 
-_EXPERTS, _DENSE, _ANSWER, _PROMPT, _OUTPUT = "Experts", "Dense part", "Answer", "Prompt", "Output"
+_EXPERTS, _ACCELERATOR, _DENSE = "Experts", "Accelerator", "Dense part"
+_ANSWER, _PROMPT, _OUTPUT = "Answer", "Prompt", "Output"
 # More are a slip of the finger, and every thread costs memory.
 _MAX_THREADS = 1024
 
@@ -56,8 +57,34 @@ Device: TypeAlias = Annotated[
         "--device",
         "NAME",
         _EXPERTS,
-        "Where experts are computed: see `kt backends`.",
+        "Where the model runs: cpu, or an accelerator (cuda, cuda:1, cuda:0,1), which holds "
+        "the dense part and hot experts; see `kt backends`. auto: the best there is.",
         autocompletion=complete_device,
+    ),
+]
+HotExperts: TypeAlias = Annotated[
+    str,
+    _option(
+        "--hot-experts",
+        "N",
+        _ACCELERATOR,
+        "Experts it holds: auto (as many as fit), a number such as 96, or a share such as 25%. "
+        "The CPU computes the others.",
+    ),
+]
+Placement: TypeAlias = Annotated[
+    str,
+    _option(
+        "--placement",
+        "NAME",
+        _ACCELERATOR,
+        "Chooses them: adaptive, frequency, front-loading, uniform, random; see `kt place`.",
+    ),
+]
+AcceleratorMemory: TypeAlias = Annotated[
+    str | None,
+    _option(
+        "--accelerator-memory", "SIZE", _ACCELERATOR, "Use so much of it, such as 16GiB, or less."
     ),
 ]
 Threads: TypeAlias = Annotated[

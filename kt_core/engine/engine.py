@@ -14,8 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
 from kt_core.checkpoint import open_checkpoint, open_packed
+from kt_core.engine.accelerators import (
+    Accelerators,
+    HotExpertsWish,
+    known_statistics,
+    remember_statistics,
+)
 from kt_core.engine.chat import load_tokenizer, prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.device_choice import DeviceChoice, choose_devices
 from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
@@ -25,10 +32,11 @@ from kt_core.engine.model_files import (
     read_config,
     resolve_model,
 )
+from kt_core.engine.outline import outline_model
 from kt_core.engine.packed_cache import cached
 from kt_core.engine.packed_loading import check_asked_format
 from kt_core.engine.prefix_cache import PrefixCache
-from kt_core.engine.stats import EngineStats
+from kt_core.engine.stats import EngineStats, accelerator_stats
 from kt_core.engine.stored_checkpoint import open_stored, without_quantization
 from kt_core.engine.text_stream import Decoder, TextStream
 from kt_core.errors import (
@@ -39,7 +47,7 @@ from kt_core.errors import (
 )
 from kt_core.interfaces import ExpertDevice, Progress, no_progress
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision, Capabilities, Format
+from kt_core.types import ActivationPrecision, Format
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +65,9 @@ def load(
     precision: ActivationPrecision | str = ActivationPrecision.AUTO,
     dense_format: str = "none",
     cache: bool = False,
+    hot_experts: str = "auto",
+    placement: str = "adaptive",
+    accelerator_memory: int | None = None,
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
@@ -66,7 +77,8 @@ def load(
         model: A model directory, a registered name such as ``demo``, or a hub id.
         format: Weight format of the routed experts; ``auto`` takes the first of bf16, int8 and
             int4 that fits into memory, and leaves experts that are quantised as they are.
-        device: Where experts are computed; ``auto`` takes the best there is.
+        device: Where the model runs; ``auto`` takes the best there is. An accelerator, or several
+            (``cuda:0,1``), hold the dense part and hot experts; the host computes the others.
         threads: Host threads for the experts and for torch; None for one per physical core.
         dtype: Type of the dense part; ``auto`` follows the checkpoint.
         precision: What hidden states become before they meet packed weights.
@@ -75,6 +87,10 @@ def load(
             checkpoint has them. Routers, norms and embeddings always stay.
         cache: Pack the experts into ``$XDG_CACHE_HOME/kt/packed`` first, where the next start
             finds them; ``format`` must be named.
+        hot_experts: Experts on accelerators: ``auto`` for as many as fit, a number, or a share
+            such as ``25%``.
+        placement: The policy that chooses them.
+        accelerator_memory: Bytes of each accelerator that may be used; None for all.
         registry: The plug-ins; None loads the installed ones.
         progress: Told how far loading has come.
 
@@ -87,10 +103,9 @@ def load(
     _check_threads(threads)
     if format != "auto":
         registry.formats.get(format)  # an unknown name fails before anything is fetched
-    backend, device_info = registry.find_device(device)
-    packed = _dense_format(
-        dense_format, registry, backend.capabilities(device_info.name), device_info.name
-    )
+    devices = choose_devices(device, registry)
+    packed = _dense_format(dense_format, registry, devices)
+    policy = registry.policies.get(placement)
     directory = resolve_model(model, registry, progress)
     config_dict = read_config(directory)
     packed_experts = open_packed(directory, config_dict)
@@ -105,8 +120,19 @@ def load(
     else:
         checkpoint = open_stored(directory, config_dict, registry)
     tokenizer = load_tokenizer(directory, config)
-    opened = backend.open(device_info.name, threads=threads)
+    opened = devices.open_host(threads)
+    accelerators: Accelerators | None = None
     try:
+        if devices.accelerators:
+            wish = HotExpertsWish(
+                hot_experts=hot_experts,
+                memory_bytes=accelerator_memory,
+                policy=policy,
+                statistics=known_statistics(directory),
+            )
+            accelerators = Accelerators(devices.open_accelerators(), opened, wish, chosen_precision)
+            progress("measuring the model", None)
+            accelerators.make_room(outline_model(directory, registry))
         loader = ExpertLoader(
             checkpoint=checkpoint,
             adapters=adapters_for(config_dict["model_type"], registry),
@@ -117,9 +143,12 @@ def load(
             progress=progress,
             dense=DenseLoader(opened, packed, chosen_precision) if packed else None,
             packed=packed_experts,
+            accelerators=accelerators,
         )
         loaded = load_model(directory, config, loader, dtype)
     except BaseException:
+        if accelerators is not None:
+            accelerators.close()
         opened.close()
         raise
     if threads is not None:
@@ -143,9 +172,7 @@ def _precision(precision: ActivationPrecision | str) -> ActivationPrecision:
         raise InvalidRequestError(msg) from error
 
 
-def _dense_format(
-    name: str, registry: Registry, capabilities: Capabilities, device: str
-) -> Format | None:
+def _dense_format(name: str, registry: Registry, devices: DeviceChoice) -> Format | None:
     """Return what dense layers become, before anything is fetched or opened.
 
     Raises:
@@ -156,6 +183,14 @@ def _dense_format(
     if name == "none":
         return None
     descriptor = registry.formats.get(name).descriptor
+    if devices.accelerators:
+        msg = (
+            f"--dense-format {name}: on {devices.accelerators[0].name!r} torch computes dense "
+            "layers, as the checkpoint has them; leave it out, or run on the host"
+        )
+        raise UnsupportedDenseError(msg)
+    device = devices.host.name
+    capabilities = devices.host_backend.capabilities(device)
     if not capabilities.computes_dense:
         msg = (
             f"device {device!r} computes no dense layers, only routed experts: leave them to torch "
@@ -256,7 +291,14 @@ class Engine:
         tokenizer = self._require_tokenizer()
         is_tokens = not isinstance(prompt, str) and all(isinstance(p, int) for p in prompt)
         tokens = list(prompt) if is_tokens else self.encode(prompt, raw=raw)  # type: ignore[arg-type]
-        stream = TokenStream(self.model, tokens, chosen, self._prefixes)  # type: ignore[arg-type]
+        accelerators = self._loader.accelerators
+        stream = TokenStream(
+            self.model,
+            tokens,  # type: ignore[arg-type]
+            chosen,
+            self._prefixes,
+            accelerators.after_step if accelerators else None,
+        )
         return _events(stream, TextStream(cast("Decoder", tokenizer), chosen.stop))
 
     def generate(
@@ -293,7 +335,10 @@ class Engine:
             isa=device.capabilities.instruction_set,
             threads=device.threads,
             dtype=str(self.model.dtype).removeprefix("torch."),
-            placement={device.info.name: sum(site.spec.num_experts for site in sites)},
+            placement=loader.accelerators.placement_counts()
+            if loader.accelerators
+            else {device.info.name: sum(site.spec.num_experts for site in sites)},
+            accelerators=accelerator_stats(loader.accelerators) if loader.accelerators else None,
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
             dense_format=dense.weight_format.name if dense else "none",
@@ -312,6 +357,10 @@ class Engine:
         self._prefixes = PrefixCache()
         self._model = None
         self._loader.sites.clear()
+        if (accelerators := self._loader.accelerators) is not None:
+            self._loader.accelerators = None
+            remember_statistics(self._directory, accelerators)
+            accelerators.close()
         self._device.close()
 
     def __enter__(self) -> Self:

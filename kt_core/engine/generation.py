@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,8 +160,16 @@ class TokenStream:
         prompt: Sequence[int],
         options: GenerationOptions,
         prefixes: PrefixCache | None = None,
+        after_step: Callable[[int, float], None] | None = None,
     ) -> None:
-        """Check the request; ``prefixes`` is where the cache of an earlier turn may be.
+        """Check the request.
+
+        Args:
+            model: The model.
+            prompt: Its tokens.
+            options: How to answer.
+            prefixes: Where the cache of an earlier turn may be.
+            after_step: Told of each forward pass, its tokens and its seconds.
 
         Raises:
             ContextLengthError: The prompt is too long.
@@ -178,6 +186,7 @@ class TokenStream:
         )
         self._end = end_tokens(model)
         self._prefixes = prefixes or PrefixCache()
+        self._after_step = after_step
         takes = inspect.signature(model.forward).parameters
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.finish_reason: FinishReason = "length"
@@ -194,7 +203,10 @@ class TokenStream:
             for count in range(1, self._budget + 1):
                 step = everything[:, computed:]
                 computed = 0  # until the pass is through: an interrupt leaves the cache torn
+                step_start = time.perf_counter()
                 logits, cache = self._forward(step, cache)
+                if self._after_step:
+                    self._after_step(step.shape[1], time.perf_counter() - step_start)
                 computed = everything.shape[1]
                 token = self._sampler.choose(logits, everything)
                 now = time.perf_counter() - start
@@ -224,4 +236,4 @@ class TokenStream:
                 use_cache=True,
                 **self._last_logits_only,
             )
-        return output.logits[0, -1], output.past_key_values
+        return output.logits[0, -1].cpu(), output.past_key_values

@@ -21,6 +21,7 @@ from kt_core import hardware
 from kt_core.checkpoint import Checkpoint, PackedDirectory
 from kt_core.checkpoint.packed_directory import MappedExperts
 from kt_core.engine import transformers_hook as hook
+from kt_core.engine.accelerators import Accelerators
 from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
@@ -102,6 +103,7 @@ class ExpertLoader:
         formats: What the experts become, by the prefix of their parameters; once chosen.
         dense: Packs dense layers, too; None where they stay as the checkpoint has them.
         packed: Where the experts are packed already; None for a checkpoint.
+        accelerators: Hold the hot experts and the dense part; None where the host does it all.
     """
 
     checkpoint: Checkpoint
@@ -113,6 +115,7 @@ class ExpertLoader:
     progress: Progress
     dense: DenseLoader | None = None
     packed: PackedDirectory | None = None
+    accelerators: Accelerators | None = None
     formats: dict[str, Format] = field(default_factory=dict)
     sites: list[LoadedSite] = field(default_factory=list)
     dense_shapes: dict[str, torch.Size] = field(default_factory=dict)
@@ -150,11 +153,16 @@ class ExpertLoader:
         if self.dense:
             self._run("packed dense layers", self.dense.tasks())
         experts = [
-            partial(loaded.load, expert)
-            for loaded in self.sites
+            partial(self._load, layer, expert)
+            for layer, loaded in enumerate(self.sites)
             for expert in range(loaded.site.spec.num_experts)
         ]
         self._run("experts", experts)
+
+    def _load(self, layer: int, expert: int) -> None:
+        self.sites[layer].load(expert)
+        if self.accelerators:
+            self.accelerators.settle(layer, expert)
 
     def _run(self, stage: str, tasks: Sequence[Callable[[], None]]) -> None:
         with ThreadPoolExecutor(self.device.threads, thread_name_prefix="kt-pack") as pool:
@@ -199,6 +207,8 @@ class ExpertLoader:
         if possible[0].is_stored:  # nothing larger is better than that
             packed = {n: size for n, size in packed.items() if size <= packed[possible[0].name]}
         available = hardware.available_memory_bytes()
+        if self.accelerators:
+            available += self.accelerators.room_bytes
         name = first_that_fits(packed, dense_bytes, available, smaller=self._smaller_format())
         chosen = next(candidate for candidate in possible if candidate.name == name)
         chosen.explain(self.format_name)
@@ -228,16 +238,36 @@ class ExpertLoader:
                 loaded.tensors = site_tensors(site, tensors)
                 loaded.stored = stored_experts(self.checkpoint, site, loaded.tensors, weight_format)
             self.sites.append(loaded)
+        modules = self._modules(own, kernels)
         for site in own:
-            _swap(model, site, kernels[site.parameter_prefix])
+            _swap(model, site, modules[site.parameter_prefix])
         for owner, site in tied:
-            _swap(model, site, kernels[owner])
+            _swap(model, site, modules[owner])
         everything = (*own, *(site for _, site in tied))
         hook.forget_experts(
             model,
             modules=[site.module_name for site in everything],
             prefixes=[site.parameter_prefix for site in everything],
         )
+
+    def _modules(
+        self, sites: Sequence[ExpertsSite], kernels: Mapping[str, ExpertKernel]
+    ) -> dict[str, HybridExperts]:
+        """Return what takes the place of each experts module, by the prefix of its parameters."""
+        prefixes = [site.parameter_prefix for site in sites]
+        if self.accelerators is None:
+            return {
+                site.parameter_prefix: HybridExperts(site.spec, [kernels[site.parameter_prefix]])
+                for site in sites
+            }
+        accelerators, formats = self.accelerators, [self.formats[prefix] for prefix in prefixes]
+        accelerators.choose([(site.spec, f) for site, f in zip(sites, formats, strict=True)])
+        return {
+            site.parameter_prefix: accelerators.layer(
+                site.spec, weight_format, kernels[site.parameter_prefix]
+            )
+            for site, weight_format in zip(sites, formats, strict=True)
+        }
 
 
 def load_model(
@@ -273,6 +303,11 @@ def load_model(
     result: PreTrainedModel = model.eval()
     if loader.dense:
         loader.dense.try_out(result)
+    if loader.accelerators:
+        loader.progress("dense part to the accelerator", None)
+        result.to(loader.accelerators.torch_device)  # type: ignore[arg-type]
+        result.tie_weights()  # on some devices each got a copy of its own
+        loader.accelerators.start()
     return result
 
 
@@ -385,8 +420,8 @@ def _dense_bytes(model: PreTrainedModel, sites: list[ExpertsSite]) -> int:
     )
 
 
-def _swap(model: PreTrainedModel, site: ExpertsSite, kernel: ExpertKernel) -> None:
+def _swap(model: PreTrainedModel, site: ExpertsSite, experts: HybridExperts) -> None:
     replaced = model.get_submodule(site.module_name)
-    replacement = site.build(replaced, HybridExperts(site.spec, [kernel]))
+    replacement = site.build(replaced, experts)
     parent, _, leaf = site.module_name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, replacement)

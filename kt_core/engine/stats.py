@@ -3,6 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kt_core.engine.accelerators import Accelerators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceleratorStats:
+    """What accelerators have done since the model was loaded.
+
+    Attributes:
+        devices: Their names; the first one holds the dense part.
+        policy: Chooses which experts they hold.
+        budget_bytes: What experts on them may take.
+        tokens: Tokens that went through the model.
+        pairs: Pairs of token and expert.
+        hit_rate: Part of the pairs that an accelerator computed; None before the first.
+        moved_experts: Experts that changed places.
+        link_bytes_to_device: Bytes of experts copied to accelerators.
+        link_bytes_to_host: Bytes copied back.
+    """
+
+    devices: tuple[str, ...]
+    policy: str
+    budget_bytes: int
+    tokens: int
+    pairs: int
+    hit_rate: float | None
+    moved_experts: int
+    link_bytes_to_device: int
+    link_bytes_to_host: int
+
+
+def accelerator_stats(accelerators: Accelerators) -> AcceleratorStats:
+    """Return what the accelerators of an engine say."""
+    counters, mover = accelerators.counters, accelerators.mover
+    return AcceleratorStats(
+        devices=tuple(device.info.name for device in accelerators.devices),
+        policy=accelerators.wish.policy.name,
+        budget_bytes=accelerators.budget_bytes,
+        tokens=counters.tokens,
+        pairs=counters.pairs,
+        hit_rate=counters.hot_pairs / counters.pairs if counters.pairs else None,
+        moved_experts=mover.moves,
+        link_bytes_to_device=mover.bytes_to_device,
+        link_bytes_to_host=mover.bytes_to_host,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +71,7 @@ class EngineStats:
         dense_layers: Number of packed dense layers.
         dense_bytes: Bytes of everything but the experts, packed or not.
         load_s: Seconds the loading took.
+        accelerators: What they have done; None where there are none.
         peak_memory_bytes: Largest resident set of this process so far, mapped files included.
     """
 
@@ -42,3 +90,4 @@ class EngineStats:
     dense_bytes: int
     load_s: float
     peak_memory_bytes: int
+    accelerators: AcceleratorStats | None = None

@@ -52,6 +52,7 @@ class HybridExperts(nn.Module):
         self.weight = torch.empty(0, device=self.device)
         self.lora: LoraWeights | None = None
         self._home: torch.Tensor | None = None
+        self._homes = [0] * spec.num_experts  # the same, for the host
         self._numbers = [number_of(kernel) for kernel in self.kernels]
         self.refresh_placement()
 
@@ -62,9 +63,10 @@ class HybridExperts(nn.Module):
         """
         if len(self.kernels) == 1:
             return
-        home = torch.zeros(self.spec.num_experts, dtype=torch.int64)
+        home = torch.zeros(self.spec.num_experts, dtype=torch.int64, device="cpu")
         for index, kernel in enumerate(self.kernels):
             home[sorted(kernel.resident())] = index
+        self._homes = home.tolist()
         if self._home is None:
             self._home = home.to(self.device)
         else:
@@ -76,6 +78,11 @@ class HybridExperts(nn.Module):
             msg = f"all experts live on {type(self.kernels[0]).__name__}"
             raise ValueError(msg)
         self._home[expert].fill_(kernel)
+        self._homes[expert] = kernel
+
+    def is_moved(self) -> list[bool]:
+        """Of each expert, whether another kernel than the first computes it from now on."""
+        return [home != 0 for home in self._homes]
 
     def forward(
         self,

@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# Part of the link's time that swaps may use, if nobody says otherwise.
+LINK_SHARE = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
@@ -36,7 +39,7 @@ class Machine:
 
     # 32 GB/s is PCIe 4.0 x16 in one direction (PCI-SIG); 25 of them are what issue 4 assumes.
     link_bytes_per_s: float = 25e9
-    link_share: float = 0.5
+    link_share: float = LINK_SHARE
     # NVIDIA Ada whitepaper, GeForce RTX 4090: 1008 GB/s; 165.2 TFLOPS dense bf16, float32 sums.
     accelerator_bytes_per_s: float = 1008e9
     accelerator_ops_per_s: float = 165.2e12

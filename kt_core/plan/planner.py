@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kt_core.errors import UnsupportedFormatError
 from kt_core.plan.fitting import RESERVE_BYTES, ExpertBytes, packed_bytes
+from kt_core.plan.hot_experts import CARD_RESERVE_BYTES, computing_bytes
 from kt_core.plan.machine import ExpertRates, Machine
 from kt_core.plan.outline import ModelOutline
 from kt_core.plan.roofline import (
@@ -18,12 +19,6 @@ from kt_core.plan.roofline import (
 )
 from kt_core.plan.training import TrainingMemory, training_memory
 from kt_core.types import Format
-
-# The runtime of an accelerator and what its allocator cannot use.
-CARD_RESERVE_BYTES = 800_000_000
-# Hidden states, residuals, projections and what lies between, of one token of a prompt, in hidden
-# states of float32; and the same of its experts.
-_STATES_PER_TOKEN = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,11 +190,7 @@ class Planner:
         outline, card = self.outline, self.machine.card
         specs = [layer.spec for layer in outline.expert_layers]
         experts = packed_bytes(specs, formats.experts, self.expert_bytes)
-        computing = {
-            "dense_weights": outline.total_dense_bytes(formats.dense),
-            "kv_cache": outline.cache_bytes(context),
-            "scratch": self._scratch_bytes(min(wish.prompt, context)),
-        }
+        computing = computing_bytes(outline, context, wish.prompt, formats.dense)
         if card is None:
             host = {"expert_weights": experts, **computing, "reserve": RESERVE_BYTES}
             return 0, {"host": host}, {"host": self.machine.memory_bytes}
@@ -217,18 +208,6 @@ class Planner:
         }
         capacity = {"accelerator": card.total_memory_bytes, "host": self.machine.memory_bytes}
         return hot, tiers, capacity
-
-    def _scratch_bytes(self, tokens: int) -> int:
-        """Estimate what a forward pass holds besides weights and cache."""
-        outline = self.outline
-        inner = max(
-            (
-                layer.top_k * (2 * layer.spec.intermediate_size + layer.spec.hidden_size)
-                for layer in outline.expert_layers
-            ),
-            default=0,
-        )
-        return 4 * (tokens * (_STATES_PER_TOKEN * outline.hidden_size + inner) + outline.vocab_size)
 
     def _max_context(self, formats: Formats, wish: Wish) -> int:
         """Return the longest context that fits, by bisection: memory grows with it."""

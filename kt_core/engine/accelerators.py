@@ -1,0 +1,311 @@
+"""The accelerators of one engine: which experts they hold, and how these follow the routing.
+
+The dense part and the hidden states live on the first device. Experts live there, on further
+devices, or on the host, which computes the cold ones meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kt_core.errors import NotEnoughMemoryError, TraceError
+from kt_core.interfaces import (
+    ExpertDevice,
+    ExpertGrid,
+    ExpertId,
+    ExpertKernel,
+    OnlinePlacement,
+    Placement,
+    PlacementPolicy,
+    RoutingStatistics,
+)
+from kt_core.moe.expert_mover import ExpertMover
+from kt_core.moe.host_lane import HostLane, PinnedBuffers
+from kt_core.moe.hybrid_experts import HybridExperts
+from kt_core.moe.peer_lane import PeerLane
+from kt_core.placement.machine import LINK_SHARE, LinkBudget
+from kt_core.placement.statistics import (
+    load_statistics,
+    merge,
+    save_statistics,
+    statistics_file,
+)
+from kt_core.plan.hot_experts import card_reserve_bytes, computing_bytes, hot_budget_bytes
+from kt_core.plan.outline import ModelOutline
+from kt_core.types import ActivationPrecision, Format, MoeSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_log = logging.getLogger(__name__)
+
+# The cache and the scratch that room is left for: tokens of context, and of a prompt at once.
+CONTEXT, PROMPT = 8192, 2048
+# Enough for the link's bandwidth to hide its latency.
+_PROBE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HotExpertsWish:
+    """What the user wants of accelerators.
+
+    Attributes:
+        hot_experts: ``auto``, a number of experts or a share of them: see ``hot_budget_bytes``.
+        memory_bytes: Memory of each device that may be used; None for all there is.
+        policy: Chooses what is hot.
+        statistics: Of earlier runs of this model; None where there were none.
+    """
+
+    hot_experts: str
+    memory_bytes: int | None
+    policy: PlacementPolicy
+    statistics: RoutingStatistics | None = None
+
+
+@dataclass(slots=True)
+class AcceleratorCounters:
+    """What has happened since the model was loaded.
+
+    Attributes:
+        tokens: Tokens that went through the model.
+        pairs: Pairs of token and expert.
+        hot_pairs: Those that an accelerator computed.
+    """
+
+    tokens: int = 0
+    pairs: int = 0
+    hot_pairs: int = 0
+
+
+@dataclass(slots=True)
+class Accelerators:
+    """Devices in use, and the experts of one model on them.
+
+    Attributes:
+        devices: In the order of their kernels in every layer, behind the host's.
+        host: Computes cold experts.
+        wish: What the user wants.
+        precision: What becomes of the hidden states.
+        counters: What has happened.
+        room_bytes: Memory that the devices have left for experts.
+        budget_bytes: What experts on them may take.
+    """
+
+    devices: Sequence[ExpertDevice]
+    host: ExpertDevice
+    wish: HotExpertsWish
+    precision: ActivationPrecision
+    counters: AcceleratorCounters = field(default_factory=AcceleratorCounters)
+    room_bytes: int = 0
+    budget_bytes: int = 0
+    _grid: ExpertGrid | None = None
+    _placement: Placement | None = None
+    _online: OnlinePlacement | None = None
+    _layers: list[HybridExperts] = field(default_factory=list)
+    _mover: ExpertMover | None = None
+    _link: LinkBudget | None = None
+    _counts: torch.Tensor | None = None
+    _seen: NDArray[np.int64] | None = None
+    _buffers: PinnedBuffers = field(default_factory=PinnedBuffers)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where the dense part and the hidden states live."""
+        return torch.device(self.devices[0].info.torch_device)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of all devices that may be used."""
+        limit = self.wish.memory_bytes
+        sizes = [device.info.memory_bytes for device in self.devices]
+        return sum(size if limit is None else min(size, limit) for size in sizes)
+
+    def make_room(self, outline: ModelOutline) -> None:
+        """Find what is left for experts beside the dense part and a cache of some context.
+
+        Raises:
+            NotEnoughMemoryError: Nothing is.
+        """
+        context = min(CONTEXT, outline.max_context or CONTEXT)
+        needed = sum(computing_bytes(outline, context, min(PROMPT, context)).values())
+        needed += sum(card_reserve_bytes(device.info.memory_bytes) for device in self.devices)
+        if needed > self.memory_bytes:
+            msg = (
+                f"the dense part with a cache of {context} tokens takes {needed / 1e9:.2f} GB on "
+                f"{self.devices[0].info.name}, which has {self.memory_bytes / 1e9:.2f} GB: take a "
+                f"larger device, or run on the host (--device {self.host.info.name})"
+            )
+            raise NotEnoughMemoryError(msg)
+        self.room_bytes = self.memory_bytes - needed
+
+    def choose(self, layers: Sequence[tuple[MoeSpec, Format]]) -> None:
+        """Decide what is hot, once it is known what there is.
+
+        Args:
+            layers: Shape and format of each layer's experts.
+
+        Raises:
+            InvalidRequestError: The wish cannot be understood.
+            NotEnoughMemoryError: It does not fit.
+        """
+        grid = ExpertGrid(
+            num_experts=tuple(spec.num_experts for spec, _ in layers),
+            expert_bytes=tuple(self.devices[0].expert_bytes(*layer) for layer in layers),
+        )
+        self.budget_bytes = hot_budget_bytes(self.wish.hot_experts, grid, self.room_bytes)
+        known = self.wish.statistics or RoutingStatistics.unknown(grid)
+        self._grid = grid
+        self._placement = self.wish.policy.place(known, self.budget_bytes, grid)
+        if len(self.devices) == 1:
+            self._online = self.wish.policy.online(known, self.budget_bytes, grid)
+        self._counts = torch.zeros(grid.shape, dtype=torch.int64, device=self.torch_device)
+
+    def layer(
+        self, spec: MoeSpec, weight_format: Format, host_kernel: ExpertKernel
+    ) -> HybridExperts:
+        """Make the next layer's module; its experts are on the host, or come there first."""
+        assert self._counts is not None
+        functions, where = self.devices[0].host_functions, self.torch_device
+        lanes: list[ExpertKernel] = [HostLane(host_kernel, where, functions, self._buffers)]
+        for device in self.devices:
+            kernel = device.expert_kernel(spec, weight_format, precision=self.precision)
+            is_first = device is self.devices[0]
+            away = torch.device(device.info.torch_device)
+            lanes.append(kernel if is_first else PeerLane(kernel, away))
+        module = HybridExperts(spec, lanes, device=where)
+        module.counts = self._counts[len(self._layers), : spec.num_experts]
+        self._layers.append(module)
+        self._mover = ExpertMover(self._layers, where)
+        return module
+
+    def settle(self, layer: int, expert: int) -> None:
+        """Take an expert that the host has just packed to its device, if it is hot.
+
+        May be called from several threads.
+        """
+        assert self._placement is not None
+        assert self._mover is not None
+        hot = self._placement.resident[layer]
+        if expert not in hot:
+            return
+        with self._lock:
+            self._mover.load_now(ExpertId(layer, expert), 1 + hot.index(expert) % len(self.devices))
+
+    def start(self) -> None:
+        """Begin to follow the routing; every expert is where it shall be."""
+        import numpy as np
+
+        assert self._grid is not None
+        for layer in self._layers:
+            layer.refresh_placement()
+        self._seen = np.zeros(self._grid.shape, dtype=np.int64)
+        if self._online is not None:
+            share = LINK_SHARE * self._measure_link()
+            largest = max(self._grid.expert_bytes)
+            self._link = LinkBudget(share, largest_expert_bytes=largest)
+
+    def after_step(self, tokens: int, step_s: float) -> None:
+        """Take note of a step that is done, and move experts.
+
+        Args:
+            tokens: That went through the model.
+            step_s: How long it took.
+
+        Raises:
+            RuntimeError: Experts failed on the host.
+        """
+        assert self._counts is not None
+        assert self._mover is not None
+        for layer in self._layers:
+            lane = layer.kernels[0]
+            assert isinstance(lane, HostLane)
+            lane.raise_error()
+        total = self._counts.cpu().numpy()
+        counts, self._seen = total - self._seen, total
+        self.counters.tokens += tokens
+        self.counters.pairs += int(counts.sum())
+        self.counters.hot_pairs += sum(
+            int(counts[index, : layer.spec.num_experts][layer.is_moved()].sum())
+            for index, layer in enumerate(self._layers)
+        )
+        self._mover.advance()
+        if self._online is None or self._link is None:
+            return
+        granted = self._link.grant(step_s)
+        resident = self._mover.resident(counts.shape)
+        swaps = self._online.observe(counts, resident, tokens=tokens, link_bytes=granted)
+        if swaps:
+            assert self._grid is not None
+            self._link.spend(sum(self._grid.expert_bytes[swap.load.layer] for swap in swaps))
+            self._mover.begin(swaps)
+
+    def statistics(self) -> RoutingStatistics:
+        """Return how often experts were chosen since the model was loaded."""
+        assert self._grid is not None
+        assert self._counts is not None
+        rows = self._counts.cpu().tolist()
+        counts = tuple(
+            tuple(row[:count]) for row, count in zip(rows, self._grid.num_experts, strict=True)
+        )
+        return RoutingStatistics(counts=counts, tokens=self.counters.tokens)
+
+    def placement_counts(self) -> dict[str, int]:
+        """Return how many experts live on each device, the host first."""
+        names = [self.host.info.name, *(device.info.name for device in self.devices)]
+        return {
+            name: sum(len(layer.kernels[index].resident()) for layer in self._layers)
+            for index, name in enumerate(names)
+        }
+
+    @property
+    def mover(self) -> ExpertMover:
+        """Moves experts."""
+        assert self._mover is not None
+        return self._mover
+
+    def close(self) -> None:
+        """Wait for what is under way, and let the devices go."""
+        if self._mover is not None:
+            self._mover.finish()
+        self._layers.clear()
+        for device in self.devices:
+            device.close()
+
+    def _measure_link(self) -> float:
+        """Return the bytes per second that a copy to the first device reaches."""
+        source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=self.torch_device)
+        torch.accelerator.synchronize(self.torch_device)
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.accelerator.synchronize(self.torch_device)
+        return _PROBE_BYTES / (time.perf_counter() - start)
+
+
+def known_statistics(directory: Path) -> RoutingStatistics | None:
+    """Return what earlier runs of a model learned; None where there were none."""
+    return load_statistics(statistics_file(directory))
+
+
+def remember_statistics(directory: Path, accelerators: Accelerators) -> None:
+    """Add what this run learned. A failure is a warning: the next run is slower at first."""
+    learned = accelerators.statistics()
+    if learned.tokens == 0:
+        return
+    file = statistics_file(directory)
+    try:
+        if (known := load_statistics(file)) is not None:
+            learned = merge(known, learned)
+        save_statistics(learned, file)
+    except (TraceError, ValueError) as error:
+        _log.warning("routing statistics were not kept: %s", error)

@@ -1,0 +1,139 @@
+"""A model on the host and on simulated accelerators: the same answers as on the host alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kt_core
+from kt_core.engine import Engine, accelerators
+from kt_core.errors import (
+    InvalidRequestError,
+    NotEnoughMemoryError,
+    UnknownNameError,
+    UnsupportedDenseError,
+)
+from kt_core.interfaces import RoutingStatistics
+from kt_core.placement.statistics import load_statistics, save_statistics
+
+pytestmark = pytest.mark.sim
+
+STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
+PROMPT = "Once upon a time"
+GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 24, "raw": True}
+# So that host and device compute the same numbers, but for the order of sums.
+EXACT: dict[str, Any] = {"format": "bf16", "threads": 1, "dtype": torch.float32}
+# Logits of two orders of float32 sums; the model has some 2^8 of them one behind the other.
+TOLERANCE = 2**8 * 2**-24
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where statistics are kept; there are none of earlier runs."""
+    file = tmp_path / "statistics.json"
+    monkeypatch.setattr(accelerators, "statistics_file", lambda directory: file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Engine]:
+    with kt_core.load(STORIES, device="cpu", precision="float32", **EXACT) as engine:
+        yield engine
+
+
+def load(device: str = "sim", **options: Any) -> Engine:
+    return kt_core.load(STORIES, device=device, precision="float32", **(EXACT | options))
+
+
+def check_logits(engine: Engine, alone: Engine) -> None:
+    ids = torch.tensor([engine.encode("The little dog ran to the tree and", raw=True)])
+    with torch.inference_mode():
+        got = engine.model(input_ids=ids.to(engine.model.device)).logits.cpu()
+        want = alone.model(input_ids=ids).logits
+    scale = float(want.abs().max())
+    assert float((got - want).abs().max()) <= TOLERANCE * scale
+
+
+@pytest.mark.parametrize(
+    ("device", "hot"),
+    [("sim", "0%"), ("sim", "25%"), ("sim:1", "70%"), ("sim:0,1", "50%"), ("sim", "auto")],
+)
+def test_the_same_answer(alone: Engine, device: str, hot: str) -> None:
+    want = alone.generate(PROMPT, **GREEDY)
+    with load(device, hot_experts=hot, placement="random") as engine:
+        assert engine.generate(PROMPT, **GREEDY).token_ids == want.token_ids
+        check_logits(engine, alone)
+        stats = engine.stats()
+    experts = sum(alone.stats().placement.values())
+    on_host, *on_devices = stats.placement.values()
+    share = {"auto": 1.0}.get(hot) or float(hot.rstrip("%")) / 100
+    assert sum(on_devices) == int(share * experts) == experts - on_host
+    assert stats.accelerators is not None
+    assert stats.accelerators.tokens == len(alone.encode(PROMPT, raw=True)) + 23
+    assert stats.accelerators.hit_rate is not None
+    if share in {0.0, 1.0}:
+        assert stats.accelerators.hit_rate == share
+
+
+def test_experts_follow_the_routing_and_the_answer_stays(alone: Engine, kept: Path) -> None:
+    """It starts with what an earlier run liked, which is wrong, and learns."""
+    want = alone.generate(PROMPT, **(GREEDY | {"max_new_tokens": 80}))
+    with load(hot_experts="0%") as engine:
+        assert engine.generate(PROMPT, **(GREEDY | {"max_new_tokens": 80})).token_ids
+    used = load_statistics(kept)
+    assert used is not None
+    most = max(max(layer) for layer in used.counts)
+    unused = RoutingStatistics(
+        counts=tuple(tuple(most - count for count in layer) for layer in used.counts), tokens=40
+    )
+    save_statistics(unused, kept)
+    with load(hot_experts="40%", placement="adaptive") as engine:
+        got = engine.generate(PROMPT, **(GREEDY | {"max_new_tokens": 80}))
+        assert got.token_ids == want.token_ids
+        stats = engine.stats().accelerators
+        check_logits(engine, alone)
+    assert stats is not None
+    assert stats.moved_experts > 0
+    assert stats.link_bytes_to_device > 0
+    learned = load_statistics(kept)
+    assert learned is not None
+    assert learned.tokens > 40 + 79
+
+
+def test_closing_gives_all_memory_back(alone: Engine) -> None:
+    del alone
+
+    def used() -> int:
+        torch.accelerator.synchronize("sim:0")
+        return int(torch.accelerator.memory_allocated("sim:0"))
+
+    before = used()
+    with load(hot_experts="50%") as engine:
+        assert used() > before
+        engine.generate(PROMPT, **GREEDY)
+    del engine
+    assert used() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"hot_experts": "many"}, InvalidRequestError, "neither auto"),
+        ({"hot_experts": "120%"}, InvalidRequestError, "at most 100%"),
+        ({"hot_experts": "99999"}, InvalidRequestError, "the model has"),
+        ({"accelerator_memory": 1 << 20}, NotEnoughMemoryError, "the dense part"),
+        ({"dense_format": "int8"}, UnsupportedDenseError, "leave it out"),
+        ({"placement": "best"}, UnknownNameError, "best"),
+        ({"device": "sim:0,0"}, UnknownNameError, "once"),
+        ({"device": "sim:7"}, UnknownNameError, "sim:7"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        load(**options)
