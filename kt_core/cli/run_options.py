@@ -87,6 +87,17 @@ AcceleratorMemory: TypeAlias = Annotated[
         "--accelerator-memory", "SIZE", _ACCELERATOR, "Use so much of it, such as 16GiB, or less."
     ),
 ]
+Defer: TypeAlias = Annotated[
+    int,
+    _option(
+        "--defer",
+        "N",
+        _ACCELERATOR,
+        "Let N experts of each token come a layer late, of those that the CPU computes: faster, "
+        "and another answer. 0: none.",
+        min=0,
+    ),
+]
 Threads: TypeAlias = Annotated[
     int | None,
     _option(

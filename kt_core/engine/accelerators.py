@@ -27,6 +27,7 @@ from kt_core.interfaces import (
     PlacementPolicy,
     RoutingStatistics,
 )
+from kt_core.moe.deferral import Deferral, DeferringLane
 from kt_core.moe.expert_mover import ExpertMover
 from kt_core.moe.host_lane import HostLane, PinnedBuffers
 from kt_core.moe.hybrid_experts import HybridExperts
@@ -96,6 +97,7 @@ class Accelerators:
         wish: What the user wants.
         precision: What becomes of the hidden states.
         counters: What has happened.
+        deferral: What layers put off for the next one.
         room_bytes: Memory that the devices have left for experts.
         budget_bytes: What experts on them may take.
     """
@@ -105,6 +107,7 @@ class Accelerators:
     wish: HotExpertsWish
     precision: ActivationPrecision
     counters: AcceleratorCounters = field(default_factory=AcceleratorCounters)
+    deferral: Deferral = field(default_factory=Deferral)
     room_bytes: int = 0
     budget_bytes: int = 0
     _grid: ExpertGrid | None = None
@@ -116,6 +119,9 @@ class Accelerators:
     _counts: torch.Tensor | None = None
     _seen: NDArray[np.int64] | None = None
     _buffers: PinnedBuffers = field(default_factory=PinnedBuffers)
+    _late_buffers: tuple[PinnedBuffers, PinnedBuffers] = field(
+        default_factory=lambda: (PinnedBuffers(), PinnedBuffers())
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -175,8 +181,8 @@ class Accelerators:
     ) -> HybridExperts:
         """Make the next layer's module; its experts are on the host, or come there first."""
         assert self._counts is not None
-        functions, where = self.devices[0].host_functions, self.torch_device
-        lanes: list[ExpertKernel] = [HostLane(host_kernel, where, functions, self._buffers)]
+        where = self.torch_device
+        lanes: list[ExpertKernel] = [self._host_lane(host_kernel)]
         for device in self.devices:
             kernel = device.expert_kernel(spec, weight_format, precision=self.precision)
             is_first = device is self.devices[0]
@@ -187,6 +193,22 @@ class Accelerators:
         self._layers.append(module)
         self._mover = ExpertMover(self._layers, where)
         return module
+
+    def _host_lane(self, kernel: ExpertKernel) -> DeferringLane:
+        assert self._grid is not None
+        functions, where, index = (
+            self.devices[0].host_functions,
+            self.torch_device,
+            len(self._layers),
+        )
+        is_last = index == self._grid.num_layers - 1
+        # What a layer puts off is under way while the next one puts something off.
+        late = HostLane(kernel, where, functions, self._late_buffers[index % 2])
+        return DeferringLane(
+            HostLane(kernel, where, functions, self._buffers),
+            None if is_last else late,
+            self.deferral,
+        )
 
     def settle(self, layer: int, expert: int) -> None:
         """Take an expert that the host has just packed to its device, if it is hot.
@@ -228,7 +250,7 @@ class Accelerators:
         assert self._mover is not None
         for layer in self._layers:
             lane = layer.kernels[0]
-            assert isinstance(lane, HostLane)
+            assert isinstance(lane, DeferringLane)
             lane.raise_error()
         total = self._counts.cpu().numpy()
         counts, self._seen = total - self._seen, total

@@ -68,6 +68,7 @@ def load(
     hot_experts: str = "auto",
     placement: str = "adaptive",
     accelerator_memory: int | None = None,
+    defer: int = 0,
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
@@ -91,6 +92,8 @@ def load(
             such as ``25%``.
         placement: The policy that chooses them.
         accelerator_memory: Bytes of each accelerator that may be used; None for all.
+        defer: Pairs that each token may put off to the next layer, of those that the host
+            computes; see ``kt_core.moe.deferral``. It changes the answer.
         registry: The plug-ins; None loads the installed ones.
         progress: Told how far loading has come.
 
@@ -103,6 +106,9 @@ def load(
     _check_threads(threads)
     if format != "auto":
         registry.formats.get(format)  # an unknown name fails before anything is fetched
+    if defer < 0:
+        msg = f"defer must be >= 0, got {defer}"
+        raise InvalidRequestError(msg)
     devices = choose_devices(device, registry)
     packed = _dense_format(dense_format, registry, devices)
     policy = registry.policies.get(placement)
