@@ -10,12 +10,13 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from kt_core.engine.hybrid_layers import HybridLayers
 from kt_core.errors import NotEnoughMemoryError, TraceError
 from kt_core.interfaces import (
     ExpertDevice,
@@ -27,11 +28,9 @@ from kt_core.interfaces import (
     PlacementPolicy,
     RoutingStatistics,
 )
-from kt_core.moe.deferral import Deferral, DeferringLane
 from kt_core.moe.expert_mover import ExpertMover
-from kt_core.moe.host_lane import HostLane, PinnedBuffers
 from kt_core.moe.hybrid_experts import HybridExperts
-from kt_core.moe.peer_lane import PeerLane
+from kt_core.moe.streamed_layers import StreamRates
 from kt_core.placement.machine import LINK_SHARE, LinkBudget
 from kt_core.placement.statistics import (
     load_statistics,
@@ -53,6 +52,7 @@ _log = logging.getLogger(__name__)
 CONTEXT, PROMPT = 8192, 2048
 # Enough for the link's bandwidth to hide its latency.
 _PROBE_BYTES = 32 << 20
+_PROBE_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,6 @@ class AcceleratorCounters:
     hot_pairs: int = 0
 
 
-@dataclass(slots=True)
 class Accelerators:
     """Devices in use, and the experts of one model on them.
 
@@ -95,39 +94,42 @@ class Accelerators:
         devices: In the order of their kernels in every layer, behind the host's.
         host: Computes cold experts.
         wish: What the user wants.
-        precision: What becomes of the hidden states.
         counters: What has happened.
-        deferral: What layers put off for the next one.
+        hybrid: The layers.
+        mover: Moves experts.
         room_bytes: Memory that the devices have left for experts.
         budget_bytes: What experts on them may take.
     """
 
-    devices: Sequence[ExpertDevice]
-    host: ExpertDevice
-    wish: HotExpertsWish
-    precision: ActivationPrecision
-    counters: AcceleratorCounters = field(default_factory=AcceleratorCounters)
-    deferral: Deferral = field(default_factory=Deferral)
-    room_bytes: int = 0
-    budget_bytes: int = 0
-    _grid: ExpertGrid | None = None
-    _placement: Placement | None = None
-    _online: OnlinePlacement | None = None
-    _layers: list[HybridExperts] = field(default_factory=list)
-    _mover: ExpertMover | None = None
-    _link: LinkBudget | None = None
-    _counts: torch.Tensor | None = None
-    _seen: NDArray[np.int64] | None = None
-    _buffers: PinnedBuffers = field(default_factory=PinnedBuffers)
-    _late_buffers: tuple[PinnedBuffers, PinnedBuffers] = field(
-        default_factory=lambda: (PinnedBuffers(), PinnedBuffers())
-    )
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self,
+        devices: Sequence[ExpertDevice],
+        host: ExpertDevice,
+        wish: HotExpertsWish,
+        precision: ActivationPrecision,
+    ) -> None:
+        """Take devices that are open; they are closed with this."""
+        self.devices = tuple(devices)
+        self.host = host
+        self.wish = wish
+        self.counters = AcceleratorCounters()
+        self.hybrid = HybridLayers(devices, precision)
+        self.mover = ExpertMover(self.hybrid.layers, self.hybrid.device)
+        self.room_bytes = 0
+        self.budget_bytes = 0
+        self._can_stream = False
+        self._grid: ExpertGrid | None = None
+        self._placement: Placement | None = None
+        self._online: OnlinePlacement | None = None
+        self._link: LinkBudget | None = None
+        self._counts: torch.Tensor | None = None
+        self._seen: NDArray[np.int64] | None = None
+        self._lock = threading.Lock()
 
     @property
     def torch_device(self) -> torch.device:
         """Where the dense part and the hidden states live."""
-        return torch.device(self.devices[0].info.torch_device)
+        return self.hybrid.device
 
     @property
     def memory_bytes(self) -> int:
@@ -168,7 +170,12 @@ class Accelerators:
             num_experts=tuple(spec.num_experts for spec, _ in layers),
             expert_bytes=tuple(self.devices[0].expert_bytes(*layer) for layer in layers),
         )
-        self.budget_bytes = hot_budget_bytes(self.wish.hot_experts, grid, self.room_bytes)
+        room, slots = self.room_bytes, _slot_bytes(layers, grid)
+        wish = self.wish.hot_experts
+        self.budget_bytes = hot_budget_bytes(wish, grid, room)
+        if wish == "auto" and self.budget_bytes < grid.total_bytes and room > slots:
+            self.budget_bytes = min(self.budget_bytes, room - slots)
+        self._can_stream = room - self.budget_bytes >= slots
         known = self.wish.statistics or RoutingStatistics.unknown(grid)
         self._grid = grid
         self._placement = self.wish.policy.place(known, self.budget_bytes, grid)
@@ -180,35 +187,13 @@ class Accelerators:
         self, spec: MoeSpec, weight_format: Format, host_kernel: ExpertKernel
     ) -> HybridExperts:
         """Make the next layer's module; its experts are on the host, or come there first."""
-        assert self._counts is not None
-        where = self.torch_device
-        lanes: list[ExpertKernel] = [self._host_lane(host_kernel)]
-        for device in self.devices:
-            kernel = device.expert_kernel(spec, weight_format, precision=self.precision)
-            is_first = device is self.devices[0]
-            away = torch.device(device.info.torch_device)
-            lanes.append(kernel if is_first else PeerLane(kernel, away))
-        module = HybridExperts(spec, lanes, device=where)
-        module.counts = self._counts[len(self._layers), : spec.num_experts]
-        self._layers.append(module)
-        self._mover = ExpertMover(self._layers, where)
-        return module
-
-    def _host_lane(self, kernel: ExpertKernel) -> DeferringLane:
         assert self._grid is not None
-        functions, where, index = (
-            self.devices[0].host_functions,
-            self.torch_device,
-            len(self._layers),
-        )
+        assert self._counts is not None
+        index = len(self.hybrid.layers)
         is_last = index == self._grid.num_layers - 1
-        # What a layer puts off is under way while the next one puts something off.
-        late = HostLane(kernel, where, functions, self._late_buffers[index % 2])
-        return DeferringLane(
-            HostLane(kernel, where, functions, self._buffers),
-            None if is_last else late,
-            self.deferral,
-        )
+        module = self.hybrid.add(spec, weight_format, host_kernel, is_last=is_last)
+        module.counts = self._counts[index, : spec.num_experts]
+        return module
 
     def settle(self, layer: int, expert: int) -> None:
         """Take an expert that the host has just packed to its device, if it is hot.
@@ -216,25 +201,30 @@ class Accelerators:
         May be called from several threads.
         """
         assert self._placement is not None
-        assert self._mover is not None
         hot = self._placement.resident[layer]
         if expert not in hot:
             return
         with self._lock:
-            self._mover.load_now(ExpertId(layer, expert), 1 + hot.index(expert) % len(self.devices))
+            self.mover.load_now(ExpertId(layer, expert), 1 + hot.index(expert) % len(self.devices))
 
-    def start(self) -> None:
-        """Begin to follow the routing; every expert is where it shall be."""
+    def start(self, dtype: torch.dtype) -> None:
+        """Measure the rates, and begin to follow the routing: every expert is where it shall be.
+
+        Args:
+            dtype: Of the hidden states.
+        """
         import numpy as np
 
         assert self._grid is not None
-        for layer in self._layers:
+        for layer in self.hybrid.layers:
             layer.refresh_placement()
         self._seen = np.zeros(self._grid.shape, dtype=np.int64)
+        link_bytes_per_s = self._measure_link()
         if self._online is not None:
-            share = LINK_SHARE * self._measure_link()
             largest = max(self._grid.expert_bytes)
-            self._link = LinkBudget(share, largest_expert_bytes=largest)
+            self._link = LinkBudget(LINK_SHARE * link_bytes_per_s, largest_expert_bytes=largest)
+        if self._can_stream and (pairs_per_s := self._measure_host(dtype)):
+            self.hybrid.streamed.rates = StreamRates(link_bytes_per_s, pairs_per_s)
 
     def after_step(self, tokens: int, step_s: float) -> None:
         """Take note of a step that is done, and move experts.
@@ -247,29 +237,25 @@ class Accelerators:
             RuntimeError: Experts failed on the host.
         """
         assert self._counts is not None
-        assert self._mover is not None
-        for layer in self._layers:
-            lane = layer.kernels[0]
-            assert isinstance(lane, DeferringLane)
-            lane.raise_error()
+        self.hybrid.raise_error()
         total = self._counts.cpu().numpy()
         counts, self._seen = total - self._seen, total
         self.counters.tokens += tokens
         self.counters.pairs += int(counts.sum())
         self.counters.hot_pairs += sum(
             int(counts[index, : layer.spec.num_experts][layer.is_moved()].sum())
-            for index, layer in enumerate(self._layers)
+            for index, layer in enumerate(self.hybrid.layers)
         )
-        self._mover.advance()
+        self.mover.advance()
         if self._online is None or self._link is None:
             return
         granted = self._link.grant(step_s)
-        resident = self._mover.resident(counts.shape)
+        resident = self.mover.resident(counts.shape)
         swaps = self._online.observe(counts, resident, tokens=tokens, link_bytes=granted)
         if swaps:
             assert self._grid is not None
             self._link.spend(sum(self._grid.expert_bytes[swap.load.layer] for swap in swaps))
-            self._mover.begin(swaps)
+            self.mover.begin(swaps)
 
     def statistics(self) -> RoutingStatistics:
         """Return how often experts were chosen since the model was loaded."""
@@ -285,21 +271,14 @@ class Accelerators:
         """Return how many experts live on each device, the host first."""
         names = [self.host.info.name, *(device.info.name for device in self.devices)]
         return {
-            name: sum(len(layer.kernels[index].resident()) for layer in self._layers)
+            name: sum(len(layer.kernels[index].resident()) for layer in self.hybrid.layers)
             for index, name in enumerate(names)
         }
 
-    @property
-    def mover(self) -> ExpertMover:
-        """Moves experts."""
-        assert self._mover is not None
-        return self._mover
-
     def close(self) -> None:
         """Wait for what is under way, and let the devices go."""
-        if self._mover is not None:
-            self._mover.finish()
-        self._layers.clear()
+        self.mover.finish()
+        self.hybrid.layers.clear()
         for device in self.devices:
             device.close()
 
@@ -312,6 +291,29 @@ class Accelerators:
         target.copy_(source, non_blocking=True)
         torch.accelerator.synchronize(self.torch_device)
         return _PROBE_BYTES / (time.perf_counter() - start)
+
+    def _measure_host(self, dtype: torch.dtype) -> float | None:
+        """Return pairs per second of the host with many tokens; None where it has no experts."""
+        kernel = self.hybrid.streamed.host_of_most()
+        cold = sorted(kernel.resident())
+        if not cold:
+            return None
+        hidden = torch.randn(_PROBE_TOKENS, kernel.spec.hidden_size).to(dtype)
+        ids = torch.tensor(cold).repeat(_PROBE_TOKENS * 8 // len(cold) + 1)[: _PROBE_TOKENS * 8]
+        pairs = ids.view(_PROBE_TOKENS, 8), torch.ones(_PROBE_TOKENS, 8)
+        kernel.submit(hidden, *pairs).wait()
+        start = time.perf_counter()
+        kernel.submit(hidden, *pairs).wait()
+        return ids.numel() / (time.perf_counter() - start)
+
+
+def _slot_bytes(layers: Sequence[tuple[MoeSpec, Format]], grid: ExpertGrid) -> int:
+    """Return the bytes of two layers of each shape and format: what streamed layers need."""
+    sizes = {
+        layer: count * size
+        for layer, count, size in zip(layers, grid.num_experts, grid.expert_bytes, strict=True)
+    }
+    return 2 * sum(sizes.values())
 
 
 def known_statistics(directory: Path) -> RoutingStatistics | None:

@@ -263,6 +263,11 @@ class Engine:
             raise InvalidRequestError(msg)
         return self._model
 
+    @property
+    def accelerators(self) -> Accelerators | None:
+        """The accelerators and what lies on them; None where the host does it all."""
+        return self._loader.accelerators
+
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the tokens of a prompt.
 

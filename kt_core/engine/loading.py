@@ -307,7 +307,7 @@ def load_model(
         loader.progress("dense part to the accelerator", None)
         result.to(loader.accelerators.torch_device)  # type: ignore[arg-type]
         result.tie_weights()  # on some devices each got a copy of its own
-        loader.accelerators.start()
+        loader.accelerators.start(result.dtype)
     return result
 
 

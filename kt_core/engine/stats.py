@@ -23,6 +23,8 @@ class AcceleratorStats:
         moved_experts: Experts that changed places.
         link_bytes_to_device: Bytes of experts copied to accelerators.
         link_bytes_to_host: Bytes copied back.
+        streamed_layers: Layers of long prompts that went through the accelerator alone.
+        link_bytes_streamed: Bytes of experts copied for them.
     """
 
     devices: tuple[str, ...]
@@ -34,6 +36,8 @@ class AcceleratorStats:
     moved_experts: int
     link_bytes_to_device: int
     link_bytes_to_host: int
+    streamed_layers: int
+    link_bytes_streamed: int
 
 
 def accelerator_stats(accelerators: Accelerators) -> AcceleratorStats:
@@ -49,6 +53,8 @@ def accelerator_stats(accelerators: Accelerators) -> AcceleratorStats:
         moved_experts=mover.moves,
         link_bytes_to_device=mover.bytes_to_device,
         link_bytes_to_host=mover.bytes_to_host,
+        streamed_layers=accelerators.hybrid.streamed.streamed,
+        link_bytes_streamed=accelerators.hybrid.streamed.bytes_to_device,
     )
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from kt_core.interfaces import ExpertKernel, ExpertWeights, Ticket
+from kt_core.interfaces import Ticket
 from kt_core.moe.host_lane import HostLane
-from kt_core.types import ActivationPrecision
+from kt_core.moe.lane import Lane
 
 
 class Deferral:
@@ -51,7 +51,7 @@ class Deferral:
         return pending
 
 
-class DeferringLane(ExpertKernel):
+class DeferringLane(Lane):
     """A host lane whose layer may put pairs off, and adds what the layer before has put off."""
 
     def __init__(self, lane: HostLane, late: HostLane | None, deferral: Deferral) -> None:
@@ -63,40 +63,9 @@ class DeferringLane(ExpertKernel):
                 the last layer.
             deferral: Shared by all layers.
         """
-        self.spec = lane.spec
-        self.weight_format = lane.weight_format
-        self.moves_packed = lane.moves_packed
-        self._lane, self._late = lane, late
+        super().__init__(lane)
+        self._late = late
         self._deferral = deferral
-
-    @property
-    def bytes_per_expert(self) -> int:
-        """See ``HostLane.bytes_per_expert``."""
-        return self._lane.bytes_per_expert
-
-    def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision | None:
-        """See ``ExpertKernel.precision_for``."""
-        return self._lane.precision_for(hidden_type)
-
-    def load(self, expert: int, weights: ExpertWeights) -> None:
-        """See ``ExpertKernel.load``."""
-        self._lane.load(expert, weights)
-
-    def packed(self, expert: int) -> torch.Tensor:
-        """See ``HostLane.packed``."""
-        return self._lane.packed(expert)
-
-    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
-        """See ``HostLane.load_packed``."""
-        self._lane.load_packed(expert, packed)
-
-    def unload(self, expert: int) -> None:
-        """See ``HostLane.unload``."""
-        self._lane.unload(expert)
-
-    def resident(self) -> frozenset[int]:
-        """See ``ExpertKernel.resident``."""
-        return self._lane.resident()
 
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
@@ -104,27 +73,29 @@ class DeferringLane(ExpertKernel):
         """See ``ExpertKernel.submit``."""
         before = self._deferral.take()
         if self._late is None or self._deferral.per_token == 0 or not expert_ids.shape[0]:
-            return _Sum(self._lane.submit(hidden, expert_ids, weights), before)
+            return Sum(self.kernel.submit(hidden, expert_ids, weights), before)
         put_off = self._deferral.choose(expert_ids >= 0, weights)
-        now = self._lane.submit(hidden, torch.where(put_off, -1, expert_ids), weights)
+        now = self.kernel.submit(hidden, torch.where(put_off, -1, expert_ids), weights)
         self._deferral.put_off(
             self._late.submit(hidden, torch.where(put_off, expert_ids, -1), weights)
         )
-        return _Sum(now, before)
+        return Sum(now, before)
 
     def raise_error(self) -> None:
-        """See ``HostLane.raise_error``."""
-        for lane in (self._lane, self._late):
-            if lane is not None:
-                lane.raise_error()
+        """See ``Lane.raise_error``."""
+        super().raise_error()
+        if self._late is not None:
+            self._late.raise_error()
 
 
-class _Sum(Ticket):
+class Sum(Ticket):
     """What is wanted now, and what the layer before has put off."""
 
     def __init__(self, now: Ticket, before: Ticket | None) -> None:
+        """Take both; ``before`` may be nothing."""
         self._now, self._before = now, before
 
     def wait(self) -> torch.Tensor:
+        """Return their sum."""
         out = self._now.wait()
         return out if self._before is None else out + self._before.wait()

@@ -58,7 +58,7 @@ class ExpertMover:
             layers: In the order of ``ExpertId.layer``.
             device: Whose stream the model runs in.
         """
-        self._layers = tuple(layers)
+        self._layers = layers
         self._device = device
         self._copies = torch.Stream(device=device)
         self._moves: deque[_Move] = deque()

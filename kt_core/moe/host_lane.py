@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kt_core.interfaces import ExpertKernel, ExpertWeights, HostCall, HostFunctions, Ticket
-from kt_core.types import ActivationPrecision
+from kt_core.interfaces import ExpertKernel, HostCall, HostFunctions, Ticket
+from kt_core.moe.lane import Lane
 
 # Calls of one layer that are kept: each number of tokens has its own.
 _MOST_CALLS = 64
@@ -68,7 +68,7 @@ class PinnedBuffers:
         return held.first(tokens)
 
 
-class HostLane(ExpertKernel):
+class HostLane(Lane):
     """A host kernel that takes and returns tensors of an accelerator, in order of its stream."""
 
     def __init__(
@@ -86,44 +86,12 @@ class HostLane(ExpertKernel):
             host_functions: The device's; None where the host must wait for the stream.
             buffers: Shared by all layers of an engine.
         """
-        self.spec = kernel.spec
-        self.weight_format = kernel.weight_format
-        self.moves_packed = kernel.moves_packed
-        self.kernel = kernel
+        super().__init__(kernel)
         self._device = device
         self._host_functions = host_functions
         self._buffers = buffers
         self._calls: dict[tuple[int, int, torch.dtype], tuple[HostCall, PairBuffers]] = {}
         self._captured: list[HostCall] = []
-
-    @property
-    def bytes_per_expert(self) -> int:
-        """See ``ExpertKernel.bytes_per_expert``: bytes of host memory."""
-        return self.kernel.bytes_per_expert
-
-    def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision | None:
-        """See ``ExpertKernel.precision_for``."""
-        return self.kernel.precision_for(hidden_type)
-
-    def load(self, expert: int, weights: ExpertWeights) -> None:
-        """See ``ExpertKernel.load``."""
-        self.kernel.load(expert, weights)
-
-    def packed(self, expert: int) -> torch.Tensor:
-        """See ``ExpertKernel.packed``: in host memory."""
-        return self.kernel.packed(expert)
-
-    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
-        """See ``ExpertKernel.load_packed``: from host memory, and at once."""
-        self.kernel.load_packed(expert, packed)
-
-    def unload(self, expert: int) -> None:
-        """See ``ExpertKernel.unload``; at once: no stream may want the expert any more."""
-        self.kernel.unload(expert)
-
-    def resident(self) -> frozenset[int]:
-        """See ``ExpertKernel.resident``."""
-        return self.kernel.resident()
 
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
@@ -147,11 +115,7 @@ class HostLane(ExpertKernel):
         return _Called(self._host_functions, call, buffers.out, hidden)
 
     def raise_error(self) -> None:
-        """Raise what went wrong in a call that the stream has come past.
-
-        Raises:
-            RuntimeError: A call failed; its output was zeros.
-        """
+        """See ``Lane.raise_error``."""
         for call in (*(call for call, _ in self._calls.values()), *self._captured):
             call.raise_error()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kt_core.interfaces import ExpertKernel, ExpertWeights, Ticket
+from kt_core.interfaces import ExpertKernel, Ticket
+from kt_core.moe.lane import Lane
 
 
-class PeerLane(ExpertKernel):
+class PeerLane(Lane):
     """A kernel of one accelerator that takes and returns tensors of another one.
 
     Copies between devices are ordered with the current streams of both, as torch does it.
@@ -15,36 +16,8 @@ class PeerLane(ExpertKernel):
 
     def __init__(self, kernel: ExpertKernel, device: torch.device) -> None:
         """Stand for ``kernel``, which computes on ``device``, wherever hidden states come from."""
-        self.spec = kernel.spec
-        self.weight_format = kernel.weight_format
-        self.moves_packed = kernel.moves_packed
-        self.kernel = kernel
+        super().__init__(kernel)
         self._device = device
-
-    @property
-    def bytes_per_expert(self) -> int:
-        """See ``ExpertKernel.bytes_per_expert``."""
-        return self.kernel.bytes_per_expert
-
-    def load(self, expert: int, weights: ExpertWeights) -> None:
-        """See ``ExpertKernel.load``."""
-        self.kernel.load(expert, weights)
-
-    def packed(self, expert: int) -> torch.Tensor:
-        """See ``ExpertKernel.packed``."""
-        return self.kernel.packed(expert)
-
-    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
-        """See ``ExpertKernel.load_packed``."""
-        self.kernel.load_packed(expert, packed)
-
-    def unload(self, expert: int) -> None:
-        """See ``ExpertKernel.unload``."""
-        self.kernel.unload(expert)
-
-    def resident(self) -> frozenset[int]:
-        """See ``ExpertKernel.resident``."""
-        return self.kernel.resident()
 
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor

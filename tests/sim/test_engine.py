@@ -104,6 +104,31 @@ def test_experts_follow_the_routing_and_the_answer_stays(alone: Engine, kept: Pa
     assert learned.tokens > 40 + 79
 
 
+def test_a_long_prompt_goes_through_the_accelerator(alone: Engine) -> None:
+    """Where the link is faster than the host, as here, where neither takes the device any time."""
+    prompt = "The little dog ran to the tree and the cat sat on the mat. " * 8
+    want = alone.generate(prompt, **GREEDY)
+    with load(hot_experts="20%") as engine:
+        assert engine.generate(prompt, **GREEDY).token_ids == want.token_ids
+        stats = engine.stats().accelerators
+    assert stats is not None
+    assert stats.streamed_layers == alone.stats().expert_layers
+    assert stats.link_bytes_streamed > 0
+
+
+def test_deferral_changes_the_answer_a_little(alone: Engine) -> None:
+    ids = torch.tensor([alone.encode("The little dog ran to the tree and", raw=True)])
+    with torch.inference_mode():
+        want = alone.model(input_ids=ids).logits.log_softmax(-1)
+    with load(hot_experts="20%", defer=1) as engine, torch.inference_mode():
+        accelerated = engine.accelerators
+        assert accelerated is not None
+        accelerated.hybrid.streamed.rates = None  # the host computes what is cold
+        got = engine.model(input_ids=ids.to("sim")).logits.cpu().log_softmax(-1)
+    divergence = float((want.exp() * (want - got)).sum(-1).mean())
+    assert 0 < divergence < 1
+
+
 def test_closing_gives_all_memory_back(alone: Engine) -> None:
     del alone
 

@@ -1,0 +1,81 @@
+"""Builds the layers whose experts live on the host and on accelerators, and the lanes between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kt_core.interfaces import ExpertDevice, ExpertKernel
+from kt_core.moe.deferral import Deferral, DeferringLane
+from kt_core.moe.host_lane import HostLane, PinnedBuffers
+from kt_core.moe.hybrid_experts import HybridExperts
+from kt_core.moe.lane import Lane
+from kt_core.moe.peer_lane import PeerLane
+from kt_core.moe.streamed_layers import StreamedLayers, StreamingLane
+from kt_core.types import ActivationPrecision, Format, MoeSpec
+
+
+class HybridLayers:
+    """The layers of one engine, in order, and what they share.
+
+    Attributes:
+        layers: ``kernels[0]`` of each is the host's lane, the others are the devices'.
+        deferral: What layers put off for the next one.
+        streamed: Brings whole layers to the first device, for long prompts.
+    """
+
+    def __init__(self, devices: Sequence[ExpertDevice], precision: ActivationPrecision) -> None:
+        """Take the devices; hidden states are on the first one."""
+        self.layers: list[HybridExperts] = []
+        self.deferral = Deferral()
+        self.device = torch.device(devices[0].info.torch_device)
+        self.streamed = StreamedLayers(self.device)
+        self._devices = tuple(devices)
+        self._precision = precision
+        self._buffers = PinnedBuffers()
+        # What a layer puts off is under way while the next one puts something off.
+        self._late_buffers = (PinnedBuffers(), PinnedBuffers())
+        self._slots: dict[tuple[MoeSpec, Format], tuple[ExpertKernel, ExpertKernel]] = {}
+
+    def add(
+        self, spec: MoeSpec, weight_format: Format, host_kernel: ExpertKernel, *, is_last: bool
+    ) -> HybridExperts:
+        """Make the next layer's module."""
+        first = self._devices[0]
+        lanes: list[ExpertKernel] = [self._host_lane(spec, weight_format, host_kernel, is_last)]
+        for device in self._devices:
+            kernel = device.expert_kernel(spec, weight_format, precision=self._precision)
+            away = torch.device(device.info.torch_device)
+            lanes.append(kernel if device is first else PeerLane(kernel, away))
+        module = HybridExperts(spec, lanes, device=self.device)
+        self.layers.append(module)
+        return module
+
+    def raise_error(self) -> None:
+        """Raise what went wrong on the host in calls that the stream has come past.
+
+        Raises:
+            RuntimeError: A call failed; its output was zeros.
+        """
+        for layer in self.layers:
+            lane = layer.kernels[0]
+            assert isinstance(lane, Lane)
+            lane.raise_error()
+
+    def _host_lane(
+        self, spec: MoeSpec, weight_format: Format, kernel: ExpertKernel, is_last: bool
+    ) -> StreamingLane:
+        functions, index = self._devices[0].host_functions, len(self.layers)
+        now = HostLane(kernel, self.device, functions, self._buffers)
+        late = HostLane(kernel, self.device, functions, self._late_buffers[index % 2])
+        deferring = DeferringLane(now, None if is_last else late, self.deferral)
+        slots = self._slots.get((spec, weight_format))
+        if slots is None:
+            one, two = (
+                self._devices[0].expert_kernel(spec, weight_format, precision=self._precision)
+                for _ in range(2)
+            )
+            slots = self._slots[spec, weight_format] = (one, two)
+        self.streamed.add(kernel, slots)
+        return StreamingLane(deferring, self.streamed, index, self.deferral)

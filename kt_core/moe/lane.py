@@ -1,0 +1,61 @@
+"""A kernel that stands for another one and computes in another way: base of the lanes."""
+
+from __future__ import annotations
+
+import torch
+
+from kt_core.interfaces import ExpertKernel, ExpertWeights
+from kt_core.types import ActivationPrecision
+
+
+class Lane(ExpertKernel):
+    """Holds no experts of its own: everything but ``submit`` is asked of ``kernel``.
+
+    Attributes:
+        kernel: Holds the experts.
+    """
+
+    def __init__(self, kernel: ExpertKernel) -> None:
+        """Stand for ``kernel``."""
+        self.spec = kernel.spec
+        self.weight_format = kernel.weight_format
+        self.moves_packed = kernel.moves_packed
+        self.kernel = kernel
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """See ``ExpertKernel.bytes_per_expert``: bytes where the kernel is."""
+        return self.kernel.bytes_per_expert
+
+    def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision | None:
+        """See ``ExpertKernel.precision_for``."""
+        return self.kernel.precision_for(hidden_type)
+
+    def load(self, expert: int, weights: ExpertWeights) -> None:
+        """See ``ExpertKernel.load``."""
+        self.kernel.load(expert, weights)
+
+    def packed(self, expert: int) -> torch.Tensor:
+        """See ``ExpertKernel.packed``."""
+        return self.kernel.packed(expert)
+
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        """See ``ExpertKernel.load_packed``."""
+        self.kernel.load_packed(expert, packed)
+
+    def unload(self, expert: int) -> None:
+        """See ``ExpertKernel.unload``."""
+        self.kernel.unload(expert)
+
+    def resident(self) -> frozenset[int]:
+        """See ``ExpertKernel.resident``."""
+        return self.kernel.resident()
+
+    def raise_error(self) -> None:
+        """Raise what went wrong in a call that the stream has come past.
+
+        Raises:
+            RuntimeError: A call failed; its output was zeros.
+        """
+        if isinstance(self.kernel, Lane):
+            self.kernel.raise_error()

@@ -1,0 +1,157 @@
+"""Long prompts go through the accelerator alone: cold experts are brought there layer by layer.
+
+Two slots take turns: while the accelerator computes a layer in one, the next layer's experts are
+copied into the other. That takes as long as the link needs for the layer's bytes, however many
+tokens there are; the host takes as long as there are pairs. Both rates are measured, and whichever
+is faster for a call is used.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from kt_core.interfaces import ExpertKernel, Ticket
+from kt_core.moe.deferral import Deferral, DeferringLane, Sum
+from kt_core.moe.lane import Lane
+
+# Copies that are under way at the same time; each has pinned memory for an expert.
+_STAGES = 4
+
+
+@dataclass(slots=True)
+class _Slot:
+    kernel: ExpertKernel
+    layer: int = -1  # whose experts it holds, or will,
+    experts: frozenset[int] = frozenset()  # and which of them
+    filled: torch.Event | None = None  # in the stream of the copies
+    used: torch.Event | None = None  # in the model's stream
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRates:
+    """What a device and a host were measured to reach.
+
+    Attributes:
+        link_bytes_per_s: Of copies to the device.
+        host_pairs_per_s: Of the host with many tokens, for experts of this layer's shape.
+    """
+
+    link_bytes_per_s: float
+    host_pairs_per_s: float
+
+
+class StreamedLayers:
+    """The slots of one engine.
+
+    Attributes:
+        rates: What decides; None to stream nothing.
+        streamed: Calls that went this way.
+        bytes_to_device: Copied for them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start without layers; ``device`` is where hidden states are."""
+        self.rates: StreamRates | None = None
+        self.streamed = 0
+        self.bytes_to_device = 0
+        self._hosts: list[ExpertKernel] = []
+        self._slots: list[_Slot] = []
+        self._made: dict[int, _Slot] = {}
+        self._device = device
+        self._copies = torch.Stream(device=device)
+        self._stages: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
+
+    def add(self, host: ExpertKernel, slots: tuple[ExpertKernel, ExpertKernel]) -> None:
+        """Take the next layer.
+
+        Args:
+            host: Holds its cold experts.
+            slots: Empty kernels on the device; layers of one shape and format share theirs.
+        """
+        kernel = slots[len(self._hosts) % 2]
+        self._slots.append(self._made.setdefault(id(kernel), _Slot(kernel)))
+        self._hosts.append(host)
+
+    def host_of_most(self) -> ExpertKernel:
+        """Return the host's kernel with the most experts: the one to measure."""
+        return max(self._hosts, key=lambda host: len(host.resident()))
+
+    def pays(self, layer: int, pairs: int) -> bool:
+        """Whether the link is faster than the host, for so many pairs of all experts of a layer."""
+        if self.rates is None:
+            return False
+        host = self._hosts[layer]
+        cold = len(host.resident())
+        link_s = cold * host.bytes_per_expert / self.rates.link_bytes_per_s
+        return pairs * cold / host.spec.num_experts > link_s * self.rates.host_pairs_per_s
+
+    def submit(
+        self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> Ticket:
+        """As ``ExpertKernel.submit`` of the layer's host kernel, computed on the device."""
+        slot = self._slots[layer]
+        if not self._is_filled(layer):
+            self._fill(layer)
+        stream = torch.accelerator.current_stream(self._device)
+        if slot.filled is not None:
+            stream.wait_event(slot.filled)
+        ticket = slot.kernel.submit(hidden, expert_ids, weights)
+        slot.used = stream.record_event()
+        self.streamed += 1
+        if layer + 1 < len(self._slots) and not self._is_filled(layer + 1):
+            self._fill(layer + 1)
+        return ticket
+
+    def _is_filled(self, layer: int) -> bool:
+        slot = self._slots[layer]
+        return slot.layer == layer and slot.experts == self._hosts[layer].resident()
+
+    def _fill(self, layer: int) -> None:
+        """Put the copies of a layer's cold experts into their stream. The host stages them."""
+        host, slot = self._hosts[layer], self._slots[layer]
+        if slot.used is not None:
+            self._copies.wait_event(slot.used)
+        slot.layer, slot.experts = layer, host.resident()
+        for expert in sorted(slot.experts):
+            packed = host.packed(expert)
+            staged = self._stage(packed.numel())
+            staged.copy_(packed)
+            with self._copies:
+                slot.kernel.load_packed(expert, staged)
+            self._stages.append((staged, self._copies.record_event()))
+            self.bytes_to_device += packed.numel()
+        slot.filled = self._copies.record_event()
+
+    def _stage(self, size: int) -> torch.Tensor:
+        """Return pinned memory that no copy reads any more."""
+        if len(self._stages) >= _STAGES:
+            staged, event = self._stages.popleft()
+            if event is not None:
+                event.synchronize()
+            if staged.numel() == size:
+                return staged
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class StreamingLane(Lane):
+    """A host lane whose long calls go through the accelerator instead."""
+
+    def __init__(
+        self, lane: DeferringLane, layers: StreamedLayers, layer: int, deferral: Deferral
+    ) -> None:
+        """Stand for layer number ``layer`` of ``layers``. Long calls put nothing off."""
+        super().__init__(lane)
+        self._layers, self._layer = layers, layer
+        self._deferral = deferral
+
+    def submit(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> Ticket:
+        """See ``ExpertKernel.submit``."""
+        if not self._layers.pays(self._layer, expert_ids.numel()):
+            return self.kernel.submit(hidden, expert_ids, weights)
+        before = self._deferral.take()
+        return Sum(self._layers.submit(self._layer, hidden, expert_ids, weights), before)
