@@ -137,6 +137,7 @@ def load(
                 statistics=known_statistics(directory),
             )
             accelerators = Accelerators(devices.open_accelerators(), opened, wish, chosen_precision)
+            accelerators.hybrid.deferral.per_token = defer
             progress("measuring the model", None)
             accelerators.make_room(outline_model(directory, registry))
         loader = ExpertLoader(
