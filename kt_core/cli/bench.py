@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kt_core import __version__, hardware
+from kt_core.cli import bench_deferral
 from kt_core.cli.app import App
 from kt_core.cli.completion import complete_device
 from kt_core.cli.output import JSON_HELP, print_json, progress_bar, registry_of, remark, show, table
@@ -34,15 +35,10 @@ _MOST_THREADS = 1024
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    group = App(help="Measure the kernels on this machine.", no_args_is_help=True)
+    group = App(help="Measure kernels, and what they do to answers.", no_args_is_help=True)
     group.command(epilog=EPILOG)(experts)
-    # A group of one command would else become that command.
-    group.callback()(_bench)
+    group.command(epilog=bench_deferral.EPILOG)(bench_deferral.deferral)
     app.add_typer(group, name="bench", epilog=EPILOG)
-
-
-def _bench() -> None:
-    """Measure the kernels on this machine."""
 
 
 def _size(name: str, value: str, help: str) -> Any:
