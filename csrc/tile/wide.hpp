@@ -29,11 +29,13 @@ class Prefetch {
         lines_(first_lines_ + Lines(next[1])),
         lines_per_step_(lines_ / steps + 1),
         first_(next[0].at),
-        second_(next[1].at - first_lines_ * kRowBytes) {}
+        second_(next[1].at) {}
 
   void Step() {
     for (size_t i = 0; i < lines_per_step_ && line_ < lines_; ++i, ++line_)
-      __builtin_prefetch((line_ < first_lines_ ? first_ : second_) + line_ * kRowBytes, 0, 2);
+      __builtin_prefetch(line_ < first_lines_ ? first_ + line_ * kRowBytes
+                                              : second_ + (line_ - first_lines_) * kRowBytes,
+                         0, 2);
   }
   void Skip(size_t steps) { line_ += steps * lines_per_step_; }
 
@@ -42,7 +44,7 @@ class Prefetch {
 
   size_t line_ = 0;
   size_t first_lines_, lines_, lines_per_step_;
-  const uint8_t *first_, *second_;  // the second one as if it began at line 0
+  const uint8_t *first_, *second_;
 };
 
 // sums[m][n] += the products of a range, for M tokens and two panels; = those of the first range.
