@@ -203,3 +203,31 @@ def test_each_device_has_its_streams_and_memory() -> None:
         torch.ones(2, device="sim:0") + torch.ones(2, device="sim:1")
     with pytest.raises(RuntimeError, match="there is no device sim:2"):
         torch.ones(1, device="sim:2")
+
+
+def test_threads_with_streams_of_their_own_do_not_disturb_each_other() -> None:
+    """Each allocates, copies, computes and frees in its stream; the allocators are shared."""
+    problems: list[str] = []
+
+    def work(number: int) -> None:
+        with torch.Stream(f"sim:{number % 2}") as stream:
+            for step in range(40):
+                size = 100 + 37 * ((number + step) % 5)
+                pinned = torch.full((size,), float(step)).pin_memory()
+                x = pinned.to(stream.device, non_blocking=True)
+                del pinned  # the copy may not have happened yet
+                y = (x * 2 + number).cumsum(0)
+                back = torch.empty(size).pin_memory()
+                back.copy_(y, non_blocking=True)
+                del x, y
+                stream.synchronize()
+                want = (torch.full((size,), float(step)) * 2 + number).cumsum(0)
+                if not torch.equal(back, want):
+                    problems.append(f"thread {number}, step {step}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
