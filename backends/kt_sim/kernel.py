@@ -62,8 +62,10 @@ class SimExpertKernel(ExpertKernel):
         self._layout = ExpertLayout.of(spec, weight_format)
         self._format = ReferenceFormat(weight_format)
         self._packed: dict[int, torch.Tensor] = {}
-        # Where each expert's bytes lie, 0 for none: what the kernel reads, changed in stream order.
-        self._table = torch.zeros(spec.num_experts, dtype=torch.int64, device=self._device)
+        # Where each expert's bytes lie, 0 for none: what the kernel reads, changed in stream order,
+        # and outside of inference mode too, wherever the kernel was made.
+        with torch.inference_mode(mode=False):
+            self._table = torch.zeros(spec.num_experts, dtype=torch.int64, device=self._device)
         self._lock = threading.Lock()  # of the two together
 
     @property

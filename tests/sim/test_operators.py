@@ -71,6 +71,15 @@ def test_other_devices_are_refused() -> None:
         torch.ones(2, device="sim").masked_fill_(torch.ones(2).bool(), 1.0)
 
 
+def test_indices_may_lie_on_the_host_where_cuda_allows_it() -> None:
+    x, index = torch.arange(4.0).to("sim"), torch.tensor([2, 0])
+    assert x[index].tolist() == [2, 0]
+    x[index] = 7
+    assert x.tolist() == [7, 1, 7, 3]
+    with pytest.raises(RuntimeError, match="at least two devices, sim:0 and cpu"):
+        x.index_select(0, index)
+
+
 def test_an_error_of_the_caller_is_raised_where_it_was_made() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         torch.ones(2, 3, device="sim") @ torch.ones(2, 3, device="sim")

@@ -176,8 +176,8 @@ void DeviceMemory::give_back_cached(Device& device) {
   }
 }
 
-void DeviceMemory::fail(const Device& device, const Block& wanted, bool is_injected) {
-  auto& stats = const_cast<DeviceStats&>(device.stats);
+void DeviceMemory::fail(Device& device, const Block& wanted, bool is_injected) {
+  DeviceStats& stats = device.stats;
   ++stats.num_ooms;
   const size_t limit = settings().memory_bytes;
   const auto used = static_cast<size_t>(stats.allocated_bytes[kAll].current);

@@ -66,7 +66,7 @@ class DeviceMemory final : public c10::DeviceAllocator {
   void put_into_cache(Device& device, Block* block);
   void give_back_cached(Device& device);
   void flush(int device);
-  [[noreturn]] void fail(const Device& device, const Block& wanted, bool is_injected);
+  [[noreturn]] void fail(Device& device, const Block& wanted, bool is_injected);
 
   std::mutex mutex_;
   std::map<int, Device> devices_;

@@ -7,6 +7,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "arguments.hpp"
@@ -22,6 +24,11 @@ namespace kt_sim {
 namespace {
 
 using c10::IValue;
+
+// As on CUDA, these alone copy indices from the host, which waits meanwhile.
+const std::set<std::string> kTakeHostIndices = {"aten::index", "aten::index_put",
+                                                "aten::index_put_", "aten::_index_put_impl_",
+                                                "aten::_unsafe_index"};
 
 // Sees to it that everything is on one device, and says which.
 class Placement {
@@ -53,10 +60,8 @@ class Placement {
 
   at::Tensor bring(const at::Tensor& tensor) {
     if (is_ours(tensor) || (tensor.is_cpu() && tensor.dim() == 0)) return tensor;
-    // As CUDA does: only indices may lie on the host, and are copied while it waits.
     const auto& name = op_.schema().name();
-    const bool takes_host_indices = name.find("index") != std::string::npos && tensor.is_cpu() &&
-                                    !at::isFloatingType(tensor.scalar_type());
+    const bool takes_host_indices = tensor.is_cpu() && kTakeHostIndices.count(name) > 0;
     TORCH_CHECK(
         takes_host_indices,
         "Expected all tensors to be on the same device, but found at least two devices, sim:",
