@@ -8,6 +8,7 @@ looks what has come to pass. So for a while an expert lies twice in memory, and 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from kt_core.moe.hybrid_experts import HybridExperts
 
 if TYPE_CHECKING:
     from kt_core.interfaces.placement_policy import Mask
+
+_log = logging.getLogger(__name__)
 
 # The place of the host among the kernels of every layer.
 HOST = 0
@@ -49,6 +52,7 @@ class ExpertMover:
         bytes_to_device: Copied to accelerators so far.
         bytes_to_host: Copied back.
         moves: Experts that have arrived.
+        given_up: Experts that stayed on the host, since the accelerator had no memory for them.
     """
 
     def __init__(self, layers: Sequence[HybridExperts], device: torch.device) -> None:
@@ -66,6 +70,7 @@ class ExpertMover:
         self.bytes_to_device = 0
         self.bytes_to_host = 0
         self.moves = 0
+        self.given_up = 0
 
     def load_now(self, expert: ExpertId, target: int) -> None:
         """Move an expert from the host before the model runs, and wait until it is there."""
@@ -148,11 +153,27 @@ class ExpertMover:
             self.bytes_to_host += packed.numel()
         else:
             move.staged.copy_(packed)
-            with self._copies:
-                to_kernel.load_packed(move.expert.expert, move.staged)
+            try:
+                with self._copies:
+                    to_kernel.load_packed(move.expert.expert, move.staged)
+            except torch.OutOfMemoryError as error:
+                self._give_up(move, error)
+                return
             self.bytes_to_device += packed.numel()
         move.stage, move.event = _Stage.COPYING, self._copies.record_event()
         self._moves.append(move)
+
+    def _give_up(self, move: _Move, error: torch.OutOfMemoryError) -> None:
+        """Leave an expert where it is: somebody else took the memory that it was to have."""
+        if self.given_up == 0:
+            _log.warning(
+                "an expert stays on the host, the accelerator has no memory left for it (%s); a "
+                "smaller --hot-experts or --accelerator-memory leaves more room",
+                str(error).splitlines()[0],
+            )
+        self.given_up += 1
+        assert move.staged is not None
+        self._put_staging(move.staged)
 
     def _change_home(self, move: _Move) -> None:
         """Let the steps that begin now find the expert in its new place."""
@@ -172,13 +193,16 @@ class ExpertMover:
             if index != move.target and move.expert.expert in kernel.resident():
                 self._unload(kernel, move.expert.expert)
         assert move.staged is not None
-        self._staging.setdefault(move.staged.numel(), []).append(move.staged)
+        self._put_staging(move.staged)
         self.moves += 1
 
     def _unload(self, kernel: ExpertKernel, expert: int) -> None:
         # In the stream of the copies: the next expert's are ordered behind it.
         with self._copies:
             kernel.unload(expert)
+
+    def _put_staging(self, staged: torch.Tensor) -> None:
+        self._staging.setdefault(staged.numel(), []).append(staged)
 
     def _take_staging(self, size: int) -> torch.Tensor:
         held = self._staging.get(size)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kt_core.errors import DeviceError
 from kt_core.interfaces import ExpertDevice, ExpertId, ExpertKernel, HostFunctions, Swap
 from kt_core.moe.expert_mover import ExpertMover
 from kt_core.moe.host_lane import HostLane, PinnedBuffers
@@ -204,4 +205,37 @@ def test_an_error_on_the_host_reaches_the_caller(host: ExpertDevice) -> None:
         lane.raise_error()
     lane.raise_error()  # once is enough
     lane.load(3, WEIGHTS[3])
+    check(layer, tokens=4)
+
+
+def test_a_device_without_memory_leaves_the_expert_on_the_host(
+    host: ExpertDevice, device: NativeDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = hybrid(host, {0})
+    check(layer, tokens=4)
+    mover = ExpertMover([layer], torch.device(SIM))
+    device.fail_allocations(0, 2)
+    for expert in (1, 2):
+        mover.begin([Swap(ExpertId(0, expert), ())])
+        mover.finish()
+    assert mover.given_up == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "stays on the host" in caplog.text
+    check(layer, tokens=4)
+    mover.begin([Swap(ExpertId(0, 1), ())])
+    mover.finish()
+    assert layer.kernels[1].resident() == {0, 1}
+    check(layer, tokens=4)
+
+
+def test_a_lost_device_ends_in_an_error(host: ExpertDevice, device: NativeDevice) -> None:
+    layer = hybrid(host, {0, 1})
+    pairs = random_pairs(SPEC, 4, 3)
+    arguments = [t.to(SIM) for t in (pairs.hidden, pairs.expert_ids, pairs.weights)]
+    device.lose(0, "it fell off the bus")
+    with pytest.raises(Exception, match="fell off the bus") as caught, torch.no_grad():
+        layer(*arguments).cpu()
+    assert isinstance(caught.value, (DeviceError, RuntimeError))
+    del arguments
+    device.revive(0)
     check(layer, tokens=4)
