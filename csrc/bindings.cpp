@@ -351,7 +351,14 @@ void BindStreamCall(py::module_& m) {
   py::class_<kt::StreamCall>(m, "StreamCall")
       .def_property_readonly(
           "address", [](kt::StreamCall& call) { return reinterpret_cast<uintptr_t>(&call); })
-      .def("take_error", &kt::StreamCall::TakeError);
+      .def("take_error", &kt::StreamCall::TakeError)
+      .def("record", &kt::StreamCall::Record)
+      .def("take_times", [](kt::StreamCall& call) {
+        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> times;
+        for (const auto& t : call.TakeTimes())
+          times.emplace_back(t.started, t.finished, t.join_called, t.joined);
+        return times;
+      });
   // The functions that a stream calls with that address.
   m.attr("stream_call_start") = reinterpret_cast<uintptr_t>(&kt::StreamCall::Start);
   m.attr("stream_call_join") = reinterpret_cast<uintptr_t>(&kt::StreamCall::Join);

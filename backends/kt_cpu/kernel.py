@@ -11,6 +11,7 @@ from kt_core.interfaces import (
     ExpertKernel,
     ExpertWeights,
     HostCall,
+    HostCallTimes,
     LoraWeights,
     QuantizedTensor,
     Ticket,
@@ -174,6 +175,14 @@ class CpuHostCall(HostCall):
         if why := self._call.take_error():
             msg = f"experts on the cpu failed: {why}"
             raise RuntimeError(msg)
+
+    def record(self, is_on: bool) -> None:
+        """See ``HostCall.record``."""
+        self._call.record(is_on)
+
+    def take_times(self) -> list[HostCallTimes]:
+        """See ``HostCall.take_times``."""
+        return [HostCallTimes(*times) for times in self._call.take_times()]
 
 
 class CpuExpertKernel(ExpertKernel):

@@ -1,7 +1,10 @@
 #pragma once
+#include <atomic>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "moe/expert_layer.hpp"
 #include "moe/forward_job.hpp"
@@ -22,6 +25,15 @@ class StreamCall {
   static void Start(void* self) noexcept { static_cast<StreamCall*>(self)->StartJob(); }
   static void Join(void* self) noexcept { static_cast<StreamCall*>(self)->JoinJob(); }
 
+  // Nanoseconds of the steady clock: when the stream called Start, when the experts were done, when
+  // the stream called Join, and when that returned.
+  struct Times {
+    int64_t started, finished, join_called, joined;
+  };
+  // From now on, keeps the times of calls; kMostTimes of them at most.
+  void Record(bool is_on) { is_recording_.store(is_on); }
+  std::vector<Times> TakeTimes();
+
   // The first error since the last call; empty if there was none.
   std::string TakeError();
 
@@ -32,8 +44,13 @@ class StreamCall {
 
   const std::shared_ptr<ExpertLayer> layer_;
   const ForwardArgs args_;
+  static constexpr size_t kMostTimes = 1 << 16;
+
   std::shared_ptr<ForwardJob> job_;
-  std::mutex mutex_;  // of error_: the runtime's thread writes it, another one reads it
+  int64_t started_ = 0;
+  std::atomic<bool> is_recording_{false};
+  std::mutex mutex_;  // of what the runtime's thread writes and another one reads
+  std::vector<Times> times_;
   std::string error_;
 };
 

@@ -170,7 +170,9 @@ void ThreadPool::Participate(Job& job, size_t node) {
 
 void ThreadPool::Retire(Job& job) {
   const std::lock_guard lock(mutex_);
+  if (job.finished_.load(std::memory_order_relaxed)) return;
   if (!jobs_.empty() && jobs_.front().get() == &job) jobs_.pop_front();
+  job.finished_at_ = std::chrono::steady_clock::now();
   job.finished_.store(true, std::memory_order_release);
 }
 

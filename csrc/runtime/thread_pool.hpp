@@ -1,5 +1,6 @@
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
@@ -32,6 +33,9 @@ class Job {
   }
   virtual void Run(size_t phase, size_t chunk) noexcept = 0;
 
+  // When its last chunk was done; meaningless before.
+  std::chrono::steady_clock::time_point finished_at() const { return finished_at_; }
+
  private:
   friend class ThreadPool;
   // How many chunks of a node were taken, in each phase; on a cache line of the node's own.
@@ -40,6 +44,7 @@ class Job {
   };
   Taken taken_[Topology::kMaxNodes];
   std::atomic<size_t> done_[kMaxPhases] = {};
+  std::chrono::steady_clock::time_point finished_at_;  // written before finished_
   std::atomic<bool> finished_{false};
 };
 

@@ -17,7 +17,7 @@ from kt_core.interfaces.expert_kernel import (
     LoraWeights,
     Ticket,
 )
-from kt_core.interfaces.host_functions import HostCall, HostFunctions
+from kt_core.interfaces.host_functions import HostCall, HostCallTimes, HostFunctions
 from kt_core.interfaces.linear_kernel import LinearKernel
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
@@ -45,6 +45,7 @@ __all__ = [
     "ExpertWeights",
     "ExpertsSite",
     "HostCall",
+    "HostCallTimes",
     "HostFunctions",
     "LinearKernel",
     "LoraWeights",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,19 @@ class HostFunctions(ABC):
         """
 
 
+class HostCallTimes(NamedTuple):
+    """When what happened in one call, in nanoseconds of ``time.perf_counter_ns``."""
+
+    started: int
+    """The stream called ``start``."""
+    finished: int
+    """The output was there."""
+    join_called: int
+    """The stream called ``join``."""
+    joined: int
+    """``join`` returned."""
+
+
 class HostCall(ABC):
     """A forward pass on the host that a stream starts and joins: see ``ExpertKernel.host_call``.
 
@@ -50,3 +63,11 @@ class HostCall(ABC):
         Raises:
             RuntimeError: The call failed, and its output was zeros; the message says why.
         """
+
+    def record(self, is_on: bool) -> None:
+        """Keep the times of calls from now on, or do not. By default nobody does."""
+        del is_on
+
+    def take_times(self) -> list[HostCallTimes]:
+        """Return the times of the calls since the last time, once the stream has passed them."""
+        return []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kt_core.interfaces import ExpertKernel, HostCall, HostFunctions, Ticket
+from kt_core.interfaces import ExpertKernel, HostCall, HostCallTimes, HostFunctions, Ticket
 from kt_core.moe.lane import Lane
 
 # Calls of one layer that are kept: each number of tokens has its own.
@@ -92,6 +92,7 @@ class HostLane(Lane):
         self._buffers = buffers
         self._calls: dict[tuple[int, int, torch.dtype], tuple[HostCall, PairBuffers]] = {}
         self._captured: list[HostCall] = []
+        self._records = False
 
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
@@ -116,8 +117,21 @@ class HostLane(Lane):
 
     def raise_error(self) -> None:
         """See ``Lane.raise_error``."""
-        for call in (*(call for call, _ in self._calls.values()), *self._captured):
+        for call in self._all_calls():
             call.raise_error()
+
+    def record(self, is_on: bool) -> None:
+        """Keep the times of calls from now on, or do not."""
+        self._records = is_on
+        for call in self._all_calls():
+            call.record(is_on)
+
+    def take_times(self) -> list[HostCallTimes]:
+        """Return the times of calls that the stream has passed, in the order of their starts."""
+        return sorted(times for call in self._all_calls() for times in call.take_times())
+
+    def _all_calls(self) -> list[HostCall]:
+        return [*(call for call, _ in self._calls.values()), *self._captured]
 
     def _call(self, tokens: int, k: int, dtype: torch.dtype) -> tuple[HostCall | None, PairBuffers]:
         key = (tokens, k, dtype)
@@ -129,6 +143,7 @@ class HostLane(Lane):
         )
         if call is None:
             return None, buffers
+        call.record(self._records)
         if torch.accelerator.current_stream(self._device).is_capturing():
             self._captured.append(call)  # the graph calls it as long as it lives
             return call, buffers
