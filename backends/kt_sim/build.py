@@ -35,7 +35,7 @@ _OLDEST_TORCH = (2, 13)
 def library_path() -> Path:
     """Return where the compiled device lies, or would lie. Imports and runs nothing."""
     key = hashlib.sha256()
-    for source in sorted(_SOURCES.iterdir()):
+    for source in sorted(_SOURCES.glob("*.[ch]pp")):
         key.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     key.update(repr((_torch_version(), sysconfig.get_config_var("SOABI"), _FLAGS)).encode())
     return cache_dir() / "sim" / key.hexdigest()[:16] / f"{NAME}.so"
