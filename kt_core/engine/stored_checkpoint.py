@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kt_core.checkpoint import Checkpoint, DecodedCheckpoint, open_checkpoint
+from kt_core.engine.chat import load_tokenizer
+from kt_core.engine.model_files import kind_of, read_config
 from kt_core.errors import CheckpointError, UnsupportedFormatError
+from kt_core.interfaces import OpenedModel
 from kt_core.plugins import Registry
 
 _KEYS = ("quantization_config", "compression_config")
 # Where exporters that leave config.json alone put it.
 _SEPARATE_FILE = "hf_quant_config.json"
+
+
+def open_model(path: Path, registry: Registry) -> OpenedModel:
+    """Open a model directory, or a file that a plug-in reads.
+
+    Raises:
+        KtError: It cannot be opened.
+    """
+    if (kind := kind_of(path, registry)) is not None:
+        return kind.open(path)
+    config = read_config(path)
+    return OpenedModel(
+        config=without_quantization(config),
+        checkpoint=open_stored(path, config, registry),
+        tokenizer=partial(load_tokenizer, path),
+    )
 
 
 def open_stored(directory: Path, config: Mapping[str, Any], registry: Registry) -> Checkpoint:
@@ -37,7 +57,8 @@ def open_stored(directory: Path, config: Mapping[str, Any], registry: Registry) 
         msg = (
             f"the {config['model_type']!r} checkpoint in {directory} is quantised with "
             f"quant_method {method!r}, which no reader is registered for (registered: "
-            f"{known}). Use another checkpoint of the model, or a plug-in that reads this one: docs/checkpoints.md."
+            f"{known}). Use another checkpoint of the model, or a plug-in that reads this one: "
+            "docs/checkpoints.md."
         )
         raise UnsupportedFormatError(msg)
     files = open_checkpoint(directory)

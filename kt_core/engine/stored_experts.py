@@ -8,7 +8,7 @@ codes and scales.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from kt_core.checkpoint import Checkpoint
 from kt_core.engine.transformers_tensors import ExpertTensors
 from kt_core.errors import UnsupportedFormatError
-from kt_core.interfaces import ExpertsSite, ExpertWeights, QuantizedTensor
+from kt_core.interfaces import ExpertsSite, ExpertWeights, QuantizedTensor, StoredMatrix
 from kt_core.quant.exact import format_named
 from kt_core.types import Format
 
@@ -25,23 +25,25 @@ _PROJECTIONS = ("gate", "up", "down")
 _PARTS = ("codes", "scales", "zero_points", "minimums", "output_scales")
 
 
+def stored_matrices(
+    checkpoint: Checkpoint, site: ExpertsSite, tensors: Mapping[str, ExpertTensors]
+) -> Iterator[StoredMatrix | None]:
+    """Yield how each matrix of a layer is stored; None for one that is not quantised."""
+    for parts in tensors.values():
+        for expert in range(1 if parts.is_fused else site.spec.num_experts):
+            for name in parts.names(expert):
+                if len(checkpoint.tensors[name].shape) >= 2 + parts.is_fused:  # else a bias
+                    yield checkpoint.stored(name)
+
+
 def stored_formats(
     checkpoint: Checkpoint, site: ExpertsSite, tensors: Mapping[str, ExpertTensors]
 ) -> set[Format] | None:
     """Return what the matrices of a layer would be packed as; None where none is quantised."""
-    found: set[Format] = set()
-    is_quantised = False
-    for parts in tensors.values():
-        for expert in range(site.spec.num_experts):
-            for name in parts.names(expert):
-                if (matrix := checkpoint.stored(name)) is not None:
-                    is_quantised = True
-                    found.add(matrix.packed_format)
-                elif len(checkpoint.tensors[name].shape) > 1 + parts.is_fused:
-                    found.add(format_named("bf16"))
-            if parts.is_fused:
-                break
-    return found if is_quantised else None
+    found = list(stored_matrices(checkpoint, site, tensors))
+    if not any(found):
+        return None
+    return {matrix.packed_format if matrix else format_named("bf16") for matrix in found}
 
 
 def layer_format(formats: set[Format], site: ExpertsSite) -> Format:
