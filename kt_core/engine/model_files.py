@@ -102,7 +102,7 @@ def parse_config(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         msg = f"{file.parent} has no {file.name}, so it is no model directory of transformers"
         raise CheckpointError(msg) from error
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         msg = f"{file} cannot be read as a transformers config: {type(error).__name__} {error}"
         raise CheckpointError(msg) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):

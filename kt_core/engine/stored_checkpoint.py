@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from kt_core.checkpoint import Checkpoint, DecodedCheckpoint, open_checkpoint
 from kt_core.engine.chat import load_tokenizer
 from kt_core.engine.model_files import kind_of, read_config
-from kt_core.errors import CheckpointError, UnsupportedFormatError
+from kt_core.errors import CheckpointError, KtError, UnsupportedFormatError
 from kt_core.interfaces import OpenedModel
 from kt_core.plugins import Registry
 
@@ -65,7 +66,9 @@ def open_stored(directory: Path, config: Mapping[str, Any], registry: Registry) 
     reader = registry.checkpoint_formats.get(str(method))
     try:
         matrices = list(reader.matrices(stored, files.tensors, files.read))
-    except (AttributeError, KeyError, TypeError) as error:
+    except KtError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as error:
         reason = f"{type(error).__name__}: {error}"
         msg = (
             f"the quantization_config in {directory} says something else than checkpoints of "
@@ -92,7 +95,7 @@ def quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] |
         content = json.loads(file.read_text(encoding="utf-8"))
         found = dict(content["quantization"])
         method = str(content["producer"]["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         msg = f"{file} cannot be read: {type(error).__name__} {error}. Download it again."
         raise CheckpointError(msg) from error
     return {"quant_method": method, **found}
