@@ -24,7 +24,7 @@ from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
 from kt_core.engine.sites import find_sites, split_tied
-from kt_core.engine.stored_experts import StoredExperts, find_stored
+from kt_core.engine.stored_experts import RowsByLayout, StoredExperts, find_stored
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import (
     CheckpointError,
@@ -190,6 +190,7 @@ class ExpertLoader:
         tensors: dict[str, ExpertTensors],
     ) -> None:
         kernels: dict[str, ExpertKernel] = {}
+        rows: RowsByLayout = {}
         for site in own:
             weight_format = self.formats[site.parameter_prefix]
             kernel = self.device.expert_kernel(site.spec, weight_format, precision=self.precision)
@@ -197,7 +198,7 @@ class ExpertLoader:
             parts = site_tensors(site, tensors)
             stored = None
             if not self.checkpoint.is_as_on_disk:
-                stored = find_stored(self.checkpoint, site, parts, weight_format)
+                stored = find_stored(self.checkpoint, site, parts, weight_format, rows)
             self.sites.append(LoadedSite(site, parts, kernel, stored))
         for site in own:
             _swap(model, site, kernels[site.parameter_prefix])
