@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kt_checkpoints.integers import nibbles
 from kt_core.errors import CheckpointError, UnsupportedFormatError
 from kt_core.interfaces import QuantizedTensor, StoredMatrix, TensorInfo
 from kt_core.quant.exact import exact_format, format_named, quantized
@@ -168,8 +169,7 @@ def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     """Return ``[out, in]`` uint8 codes of bytes ``[out, in / 2]``: the low four bits come first."""
     import torch
 
-    packed = packed.view(torch.uint8)
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    return nibbles(packed.contiguous().view(torch.uint8))
 
 
 def to_float(scales: torch.Tensor) -> torch.Tensor:

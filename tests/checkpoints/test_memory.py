@@ -11,11 +11,12 @@ import gguf
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
+
 from checkpoints.gguf_writing import make_file, save
 from checkpoints.schemes import SCHEMES, Scheme
 from checkpoints.test_gguf_models import common, qwen3moe
 from checkpoints.writing import QUANTISED, save_model, write_checkpoint
-from transformers import AutoModelForCausalLM
 
 MB = 1_000_000
 EXPERTS, SIZE = 160, 512
