@@ -18,6 +18,20 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "models")]
 
 
+# Tests that write a family's own layout, by name.
+FUSED = {
+    "test_mxfp4_experts_of_a_layer_in_one_tensor": (
+        "mxfp4 blocks of a layer (gpt_oss)", "mxfp4", "mxfp4", "transformers reads",
+    ),
+    "test_fp4_experts_beside_fp8_layers": (
+        "fp4 experts, e8m0 (deepseek_v4)", "fp8", "mxfp4", "compressed-tensors reads",
+    ),
+    "test_fp8_experts_of_a_layer_in_one_tensor": (
+        "fp8 experts of a layer", "fp8", "fp8", "compressed-tensors reads",
+    ),
+}  # fmt: skip
+
+
 class Results:
     """Counts outcomes by what stands in the brackets of a test's name."""
 
@@ -28,8 +42,8 @@ class Results:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the result of a test, or of what failed before it."""
         if report.when == "call" or report.outcome != "passed":
-            _, _, words = report.nodeid.partition("[")
-            self.outcomes[words.removesuffix("]")][report.outcome] += 1
+            test, _, words = report.nodeid.rpartition("::")[2].partition("[")
+            self.outcomes[words.removesuffix("]") or test][report.outcome] += 1
 
     def of(self, word: str) -> str:
         """Return what came of a way of storing weights."""
@@ -51,6 +65,8 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         reader = str(scheme.config["quant_method"])
         outcome = results.of(scheme.name.replace(" ", "-"))
         found.append((scheme.name, reader, became, scheme.oracle, outcome))
+    for test, (stored, reader, became, oracle) in FUSED.items():
+        found.append((stored, reader, became, oracle, results.of(test)))
     for kind in GGML_TYPES.values():
         if kind.dtype is None:
             became = kind.packed or f"{kind.nearest} (again)"
