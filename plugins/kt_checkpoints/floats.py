@@ -100,20 +100,7 @@ def float_matrix(
         UnsupportedFormatError: The types are none that are read.
     """
     codes, scales = tensors[weight], tensors[scale]
-    if not is_codes(codes) or scales.dtype not in SCALE_TYPES:
-        msg = (
-            f"{weight} is stored as {codes.dtype} with scales {scales.dtype} ({scale}), which is "
-            f"not read; read are {FP8}, U8 and I8 with {', '.join(SCALE_TYPES)}"
-        )
-        raise UnsupportedFormatError(msg)
-    element = Element.FP8 if codes.dtype == FP8 else Element.FP4
-    scale_type = SCALE_TYPES[scales.dtype]
-    if element is Element.FP4 and scale_type not in {ScaleType.E8M0, ScaleType.E4M3}:
-        msg = f"{weight} is {codes.dtype} with scales {scales.dtype}: that is neither fp8 nor fp4"
-        raise UnsupportedFormatError(msg)
-    if len(codes.shape) < 2:
-        msg = f"{weight} is {list(codes.shape)}, quantised weights are matrices"
-        raise CheckpointError(msg)
+    element, scale_type = _types(weight, scale, tensors)
     *stack, out_features, in_features = codes.shape
     in_features *= 1 if element is Element.FP8 else 2
     blocks = _blocks(out_features, in_features, scales.shape[len(stack) :], block)
@@ -143,6 +130,25 @@ def float_matrix(
         nearest=None if weight_format else format_named("bf16"),
         unread=unread,
     )
+
+
+def _types(weight: str, scale: str, tensors: Mapping[str, TensorInfo]) -> tuple[Element, ScaleType]:
+    codes, scales = tensors[weight], tensors[scale]
+    if not is_codes(codes) or scales.dtype not in SCALE_TYPES:
+        msg = (
+            f"{weight} is stored as {codes.dtype} with scales {scales.dtype} ({scale}), which is "
+            f"not read; read are {FP8}, U8 and I8 with {', '.join(SCALE_TYPES)}"
+        )
+        raise UnsupportedFormatError(msg)
+    element = Element.FP8 if codes.dtype == FP8 else Element.FP4
+    scale_type = SCALE_TYPES[scales.dtype]
+    if element is Element.FP4 and scale_type not in {ScaleType.E8M0, ScaleType.E4M3}:
+        msg = f"{weight} is {codes.dtype} with scales {scales.dtype}: that is neither fp8 nor fp4"
+        raise UnsupportedFormatError(msg)
+    if len(codes.shape) < 2:
+        msg = f"{weight} is {list(codes.shape)}, quantised weights are matrices"
+        raise CheckpointError(msg)
+    return element, scale_type
 
 
 def _blocks(

@@ -48,13 +48,15 @@ def decode(raw: torch.Tensor, ggml_type: int) -> QuantizedTensor | torch.Tensor:
 
 
 def _by_transformers(raw: torch.Tensor, ggml_type: int) -> torch.Tensor:
-    from transformers.integrations.gguf import dequant
-
     kind = GGML_TYPES[ggml_type]
     if kind.name == "Q5_1":
         return _q5_1(raw.reshape(-1, kind.block_bytes)).reshape(len(raw), -1)
+    msg = f"this version of transformers does not decode {kind.name}; update transformers"
+    try:
+        from transformers.integrations.gguf import dequant
+    except ImportError as error:
+        raise ValueError(msg) from error
     if ggml_type not in dequant.GGML_BLOCK:
-        msg = f"this version of transformers does not decode {kind.name}"
         raise ValueError(msg)
     values: torch.Tensor = dequant.dequantize(raw.reshape(-1), ggml_type)
     return values.reshape(len(raw), -1)
