@@ -52,14 +52,16 @@ def deferral(
         from kt_core.engine.prompts import read_prompts
 
         texts = read_prompts(prompts)
-        where = {
-            "format": weight_format,
-            "device": device,
-            "hot_experts": hot_experts,
-            "placement": placement,
-            "threads": threads,
-        }
-        with load(model, **where, registry=registry_of(context), progress=progress) as engine:
+        with load(
+            model,
+            format=weight_format,
+            device=device,
+            hot_experts=hot_experts,
+            placement=placement,
+            threads=threads,
+            registry=registry_of(context),
+            progress=progress,
+        ) as engine:
             tokens = [engine.encode(text, raw=raw) for text in texts]
             progress("comparing", None)
             effects = deferral_effects(engine, tokens, settings)

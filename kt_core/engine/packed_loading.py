@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from kt_core.checkpoint import PackedDirectory
+from kt_core.checkpoint import PackedDirectory, open_packed
+from kt_core.engine.model_files import kind_of, read_config
 from kt_core.errors import CheckpointError, UnsupportedFormatError
 from kt_core.interfaces import ExpertDevice, ExpertsSite
 from kt_core.plugins import Registry
 from kt_core.types import Format
+
+
+def find_packed(path: Path, registry: Registry) -> PackedDirectory | None:
+    """Return what a packed model directory says of its experts; None where it is another model.
+
+    Raises:
+        CheckpointError: It is damaged, or unfinished.
+        UnsupportedFormatError: It is newer than this version.
+    """
+    if kind_of(path, registry) is not None:
+        return None
+    return open_packed(path, read_config(path))
 
 
 def check_packed_sites(

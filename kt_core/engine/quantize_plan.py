@@ -30,7 +30,7 @@ from kt_core.engine.model_files import (
 )
 from kt_core.engine.sites import find_sites, split_tied
 from kt_core.engine.stored_checkpoint import open_stored, without_quantization
-from kt_core.engine.stored_experts import StoredExperts
+from kt_core.engine.stored_experts import RowsByLayout, StoredExperts
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import InvalidRequestError, NotEnoughDiskError, UnsupportedFormatError
 from kt_core.interfaces import ExpertsSite, WeightFormat
@@ -171,6 +171,7 @@ def plan_quantization(
     tensors = index_experts(find_sources(checkpoint, model, wanted), model, wanted)
     check_tensors(checkpoint, model, own, tensors)
     layers = []
+    rows: RowsByLayout = {}
     for number, site in enumerate(own, start=1):
         chosen = next(
             (f for pattern, f in special.items() if fnmatch.fnmatch(site.module_name, pattern)),
@@ -179,7 +180,7 @@ def plan_quantization(
         name = f"experts-{number:05}-of-{len(own):05}.safetensors"
         layer = PackedLayer.of(site.parameter_prefix, name, site.spec, chosen.descriptor)
         parts = {n: tensors[f"{site.parameter_prefix}.{n}"] for n in site.parameters}
-        stored = stored_experts(checkpoint, site, parts, chosen.descriptor)
+        stored = stored_experts(checkpoint, site, parts, chosen.descriptor, rows)
         layers.append(LayerPlan(site, parts, chosen, layer, stored))
     _check_overrides(special, own)
     shards = _shards(checkpoint, layers)

@@ -43,9 +43,9 @@ class Fp8(CheckpointFormat):
             if scale is not None:
                 unread = tuple(n for s in _UNREAD if (n := f"{owner}.{s.lstrip('_')}") in tensors)
                 yield float_matrix(name, name, scale, tensors, block=block, unread=unread)
-            elif info.dtype == FP8:
+            elif info.dtype == FP8 or owner != name:  # bytes are no weights by themselves
                 msg = (
-                    f"{name} is fp8, but its scales ({scales[0]}) are in no file. A shard may be "
-                    "missing: download the checkpoint again."
+                    f"{name} is {info.dtype}, but its scales ({scales[0]}) are in no file. A shard "
+                    "may be missing: download the checkpoint again."
                 )
                 raise CheckpointError(msg)

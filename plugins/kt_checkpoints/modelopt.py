@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kt_checkpoints.floats import FP8, float_matrix, is_codes
+from kt_checkpoints.floats import float_matrix, is_codes
 from kt_core.errors import CheckpointError, UnsupportedFormatError
 from kt_core.interfaces import CheckpointFormat, ReadTensor, StoredMatrix, TensorInfo
 
@@ -35,8 +35,6 @@ class ModelOpt(CheckpointFormat):
                 raise UnsupportedFormatError(msg)
             scale, second = f"{owner}.weight_scale", f"{owner}.weight_scale_2"
             if scale not in tensors:
-                if info.dtype != FP8:
-                    continue
                 msg = f"{name} has no {scale}. A shard may be missing: download it again."
                 raise CheckpointError(msg)
             yield float_matrix(
