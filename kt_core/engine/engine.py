@@ -37,7 +37,7 @@ from kt_core.errors import (
     UnsupportedDenseError,
     UnsupportedFormatError,
 )
-from kt_core.interfaces import ExpertDevice, Progress, no_progress
+from kt_core.interfaces import ExpertDevice, ExpertKernel, Progress, no_progress
 from kt_core.plugins import Registry
 from kt_core.types import ActivationPrecision, Capabilities, Format
 
@@ -221,6 +221,11 @@ class Engine:
             msg = "the engine is closed; load the model again"
             raise InvalidRequestError(msg)
         return self._model
+
+    @property
+    def kernels(self) -> list[ExpertKernel]:
+        """Who computes the experts, by layer; layers that share experts have one."""
+        return [loaded.kernel for loaded in self._loader.sites]
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the tokens of a prompt.
