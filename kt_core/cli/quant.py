@@ -165,7 +165,7 @@ def _show(report: QuantReport) -> None:
         facts |= {
             "perplexity": f"{found.perplexity:.4f} ({found.source_format}: "
             f"{found.source_perplexity:.4f}), {found.tokens} tokens",
-            "KL divergence": f"{found.kl:.5f} nats",
+            "KL divergence": f"{found.kl:.5f} nats, 99% below {found.kl_p99:.5f}",
             "same likeliest token": f"{found.same_best:.1%}",
         }
     summary = table()
