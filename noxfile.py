@@ -102,6 +102,12 @@ def tests(session: nox.Session) -> None:
     session.run(program(session, "pytest"), *(session.posargs or QUICK), env=environment)
 
 
+@needs_env
+def formats(session: nox.Session) -> None:
+    """Read every kind of quantised checkpoint, as others write it; ends with a table."""
+    session.run(program(session, "python"), "tests/checkpoints/table.py", env=TEST_ENV)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, imports, the layout of C++, and what the ISA objects export."""

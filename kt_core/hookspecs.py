@@ -15,6 +15,7 @@ from kt_core.interfaces import (
     Backend,
     CheckpointFormat,
     ModelAdapter,
+    ModelFiles,
     ModelSource,
     NamedConfig,
     PlacementPolicy,
@@ -53,6 +54,11 @@ def kt_register_checkpoint_formats(register: Register[CheckpointFormat]) -> None
 @hookspec
 def kt_register_model_adapters(register: Register[ModelAdapter]) -> None:
     """Register model adapters: facts about families that the generic adapter cannot read."""
+
+
+@hookspec
+def kt_register_model_files(register: Register[ModelFiles]) -> None:
+    """Register kinds of files that hold a whole model: weights, config and tokenizer."""
 
 
 @hookspec

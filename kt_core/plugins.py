@@ -16,6 +16,7 @@ from kt_core.interfaces import (
     Backend,
     CheckpointFormat,
     ModelAdapter,
+    ModelFiles,
     ModelSource,
     NamedConfig,
     PlacementPolicy,
@@ -90,6 +91,7 @@ class Registry:
         checkpoint_formats: By ``quant_method``.
         adapters: By ``model_type``.
         generic_adapters: Asked, in order, about a model that no adapter names.
+        model_files: By the name of their kind.
         sources: By model name.
         policies: By name of the placement policy.
         configs: Of released models, by name.
@@ -104,6 +106,7 @@ class Registry:
     )
     adapters: Table[ModelAdapter] = field(default_factory=lambda: Table("model adapter for"))
     generic_adapters: list[ModelAdapter] = field(default_factory=list)
+    model_files: Table[ModelFiles] = field(default_factory=lambda: Table("kind of model files"))
     sources: Table[ModelSource] = field(default_factory=lambda: Table("model"))
     policies: Table[PlacementPolicy] = field(default_factory=lambda: Table("placement policy"))
     configs: Table[NamedConfig] = field(default_factory=lambda: Table("config"))
@@ -267,6 +270,7 @@ def _registrars(registry: Registry, owner: str) -> Mapping[str, Callable[[Any], 
         "kt_register_formats": add_format,
         "kt_register_checkpoint_formats": add_checkpoint_format,
         "kt_register_model_adapters": add_adapter,
+        "kt_register_model_files": lambda v: registry.model_files.add(v.name, v, owner),
         "kt_register_model_sources": lambda v: registry.sources.add(v.name, v, owner),
         "kt_register_placement_policies": lambda v: registry.policies.add(v.name, v, owner),
         "kt_register_model_configs": lambda v: registry.configs.add(v.name, v, owner),

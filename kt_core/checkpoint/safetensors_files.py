@@ -156,7 +156,7 @@ def _read_index(file: Path) -> dict[str, str]:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         weight_map = {str(name): str(shard) for name, shard in index["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         msg = f"{file} is not a safetensors index ({error}). Download it again."
         raise CheckpointError(msg) from error
     if not weight_map:
@@ -193,7 +193,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             if name != "__metadata__":
                 begin, end = (int(at) for at in entry["data_offsets"])
                 entries[name] = (str(entry["dtype"]), tuple(entry["shape"]), begin, end)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         msg = f"{file} is damaged: its header cannot be read ({error}). Download it again."
         raise CheckpointError(msg) from error
     data_bytes = size - _LENGTH_BYTES - length

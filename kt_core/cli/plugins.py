@@ -46,6 +46,7 @@ def _describe(registry: Registry) -> list[dict[str, Any]]:
         "backends": registry.backends,
         "formats": registry.formats,
         "checkpoints": registry.checkpoint_formats,
+        "model files": registry.model_files,
         "model adapters": registry.adapters,
         "models": registry.sources,
         "placement policies": registry.policies,

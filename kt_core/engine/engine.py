@@ -13,23 +13,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
-from kt_core.checkpoint import open_checkpoint, open_packed
-from kt_core.engine.chat import load_tokenizer, prompt_tokens
+from kt_core.engine.chat import prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
-from kt_core.engine.model_files import (
-    adapters_for,
-    model_config,
-    read_config,
-    resolve_model,
-)
+from kt_core.engine.model_files import adapters_for, model_config, resolve_model
 from kt_core.engine.packed_cache import cached
-from kt_core.engine.packed_loading import check_asked_format
+from kt_core.engine.packed_loading import check_asked_format, find_packed
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats
-from kt_core.engine.stored_checkpoint import open_stored, without_quantization
+from kt_core.engine.stored_checkpoint import open_model
 from kt_core.engine.text_stream import Decoder, TextStream
 from kt_core.errors import (
     InvalidRequestError,
@@ -63,7 +57,7 @@ def load(
     """Load a Mixture-of-Experts model.
 
     Args:
-        model: A model directory, a registered name such as ``demo``, or a hub id.
+        model: A model directory, a GGUF file, a registered name such as ``demo``, or a hub id.
         format: Weight format of the routed experts; ``auto`` takes the first of bf16, int8 and
             int4 that fits into memory, and leaves experts that are quantised as they are.
         device: Where experts are computed; ``auto`` takes the best there is.
@@ -92,23 +86,20 @@ def load(
         dense_format, registry, backend.capabilities(device_info.name), device_info.name
     )
     directory = resolve_model(model, registry, progress)
-    config_dict = read_config(directory)
-    packed_experts = open_packed(directory, config_dict)
+    packed_experts = find_packed(directory, registry)
     if cache and packed_experts is None:
         directory = cached(directory, registry, format, threads, progress)
-        config_dict = read_config(directory)
-        packed_experts = open_packed(directory, config_dict)
-    config = model_config(directory, without_quantization(config_dict), registry)
+        packed_experts = find_packed(directory, registry)
     if packed_experts:
         check_asked_format(packed_experts, format, registry)
-        checkpoint = open_checkpoint(directory)
-    else:
-        checkpoint = open_stored(directory, config_dict, registry)
-    tokenizer = load_tokenizer(directory, config)
+    stored = open_model(directory, registry)
+    config_dict = dict(stored.config)
+    config = model_config(directory, config_dict, registry)
+    tokenizer = stored.tokenizer(config)
     opened = backend.open(device_info.name, threads=threads)
     try:
         loader = ExpertLoader(
-            checkpoint=checkpoint,
+            checkpoint=stored.checkpoint,
             adapters=adapters_for(config_dict["model_type"], registry),
             device=opened,
             registry=registry,

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kt_core.checkpoint import Checkpoint
-from kt_core.engine.stored_experts import layer_format, stored_formats
+from kt_core.engine.stored_experts import layer_format, stored_formats, stored_matrices
 from kt_core.engine.transformers_tensors import ExpertTensors
 from kt_core.interfaces import ExpertsSite
 from kt_core.plan.fitting import ExpertBytes, format_names
 from kt_core.plugins import Registry
+from kt_core.quant.exact import format_named
 from kt_core.types import Capabilities, Format
 
 _log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def _as_stored(
     changes: dict[str, None] = {}
     for site in sites:
         found = stored[site.parameter_prefix]
-        chosen = layer_format(found or {_bf16()}, site)
+        chosen = layer_format(found or {format_named("bf16")}, site)
         formats[site.parameter_prefix] = chosen
         others = {f.name for f in found or ()} - {chosen.name}
         if others:
@@ -121,20 +122,10 @@ def _as_stored(
                 f"some layers hold matrices of several formats; {', '.join(sorted(others))} is "
                 f"quantised again there, as {chosen.name}"
             ] = None
-        if found and not _is_exact(checkpoint, site_tensors(site, tensors)):
+        matrices = stored_matrices(checkpoint, site, site_tensors(site, tensors))
+        if any(matrix is not None and matrix.weight_format is None for matrix in matrices):
             changes[
                 f"no format holds exactly what the checkpoint stores; experts are quantised again, "
                 f"as {chosen.name}"
             ] = None
     return CandidateFormats(sites, formats, is_stored=True, changes=tuple(changes))
-
-
-def _is_exact(checkpoint: Checkpoint, tensors: Mapping[str, ExpertTensors]) -> bool:
-    stored = (checkpoint.stored(name) for parts in tensors.values() for name in parts.names(0))
-    return all(matrix.weight_format is not None for matrix in stored if matrix)
-
-
-def _bf16() -> Format:
-    from kt_core.quant.exact import format_named
-
-    return format_named("bf16")

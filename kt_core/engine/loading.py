@@ -26,7 +26,7 @@ from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
 from kt_core.engine.packed_loading import check_packed_sites, packed_formats
 from kt_core.engine.sites import find_sites, split_tied
-from kt_core.engine.stored_experts import StoredExperts, find_stored
+from kt_core.engine.stored_experts import RowsByLayout, StoredExperts, find_stored
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import (
     CheckpointError,
@@ -216,6 +216,7 @@ class ExpertLoader:
         tensors: dict[str, ExpertTensors],
     ) -> None:
         kernels: dict[str, ExpertKernel] = {}
+        rows: RowsByLayout = {}
         for site in own:
             prefix = site.parameter_prefix
             weight_format = self.formats[prefix]
@@ -226,7 +227,9 @@ class ExpertLoader:
                 loaded.mapped = self.packed.experts(prefix, self.checkpoint)
             else:
                 loaded.tensors = site_tensors(site, tensors)
-                loaded.stored = stored_experts(self.checkpoint, site, loaded.tensors, weight_format)
+                loaded.stored = stored_experts(
+                    self.checkpoint, site, loaded.tensors, weight_format, rows
+                )
             self.sites.append(loaded)
         for site in own:
             _swap(model, site, kernels[site.parameter_prefix])
@@ -327,11 +330,12 @@ def stored_experts(
     site: ExpertsSite,
     tensors: Mapping[str, ExpertTensors],
     weight_format: Format,
+    rows: RowsByLayout,
 ) -> StoredExperts | None:
     """Return who reads experts as they are stored; None where none is quantised."""
     if checkpoint.is_as_on_disk:
         return None
-    return find_stored(checkpoint, site, tensors, weight_format)
+    return find_stored(checkpoint, site, tensors, weight_format, rows)
 
 
 def expert_parameters(model: PreTrainedModel, sites: Iterable[ExpertsSite]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from kt_core.errors import (
     ModelSourceError,
     UnsupportedModelError,
 )
-from kt_core.interfaces import ModelAdapter, Progress, no_progress
+from kt_core.interfaces import ModelAdapter, ModelFiles, Progress, no_progress
 from kt_core.paths import cache_dir
 from kt_core.plugins import Registry
 
@@ -24,7 +24,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_model(model: str | Path, registry: Registry, progress: Progress = no_progress) -> Path:
-    """Return the directory of a model: a path, a registered name, or a hub id.
+    """Return where a model is: a path, a registered name, or a hub id.
+
+    That is a directory, or a file that a plug-in recognises.
 
     Raises:
         ModelSourceError: Nothing of that name can be had; the message says what was tried.
@@ -33,8 +35,14 @@ def resolve_model(model: str | Path, registry: Registry, progress: Progress = no
     if path.is_dir():
         return path
     if path.exists():
-        msg = f"{path} is a file; give the directory that holds config.json and the weights"
-        raise ModelSourceError(msg)
+        if kind_of(path, registry) is None:
+            known = ", ".join(registry.model_files.names()) or "none"
+            msg = (
+                f"{path} is a file that holds no model of a known kind (known: {known}); give the "
+                "directory that holds config.json and the weights"
+            )
+            raise ModelSourceError(msg)
+        return path
     name = str(model)
     if name in registry.sources:
         return registry.sources.get(name).resolve(cache_dir(), progress)
@@ -46,6 +54,17 @@ def resolve_model(model: str | Path, registry: Registry, progress: Progress = no
         "of the form owner/name"
     )
     raise ModelSourceError(msg)
+
+
+def kind_of(path: Path, registry: Registry) -> ModelFiles | None:
+    """Return who reads the file, or the files of the directory; None for a config.json.
+
+    Raises:
+        ModelSourceError: The files are several models.
+    """
+    if path.is_dir() and (path / "config.json").exists():
+        return None
+    return next((kind for kind in registry.model_files if kind.recognises(path)), None)
 
 
 def _download(hub_id: str, progress: Progress) -> Path:
@@ -84,7 +103,7 @@ def parse_config(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         msg = f"{file.parent} has no {file.name}, so it is no model directory of transformers"
         raise CheckpointError(msg) from error
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         msg = f"{file} cannot be read as a transformers config: {type(error).__name__} {error}"
         raise CheckpointError(msg) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -112,7 +131,8 @@ def model_config(
         CheckpointError: transformers refuses a value in it.
         UnsupportedModelError: Nobody knows the ``model_type``.
     """
-    config = config_from_dict(config_dict, registry, directory / "config.json")
+    file = directory if directory.is_file() else directory / "config.json"
+    config = config_from_dict(config_dict, registry, file)
     config.name_or_path = str(directory)
     return config
 

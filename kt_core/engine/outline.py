@@ -22,11 +22,13 @@ from kt_core.engine.model_files import (
     adapters_for,
     config_from_dict,
     first_line,
+    kind_of,
     model_class,
     model_dtype,
     parse_config,
 )
 from kt_core.engine.sites import find_sites, split_tied
+from kt_core.engine.stored_checkpoint import without_quantization
 from kt_core.errors import ModelSourceError, UnsupportedModelError
 from kt_core.interfaces import ExpertsSite, Progress, no_progress
 from kt_core.moe.hybrid_experts import HybridExperts
@@ -48,19 +50,22 @@ def outline_model(
     """Return what a plan must know about a model.
 
     Args:
-        model: A directory, a config.json, a name that a plug-in registered, or a hub id, of which
-            config.json alone is fetched.
+        model: A directory, a config.json, a GGUF file, a name that a plug-in registered, or a hub
+            id, of which config.json alone is fetched.
         registry: The plug-ins.
         progress: Told what is being done.
 
     Raises:
         KtError: There is no such model, or it cannot be run by kt.
     """
-    file = find_config(model, registry, progress)
-    config_dict = parse_config(file)
-    for part in (config_dict, config_dict.get("text_config")):
-        if isinstance(part, dict):
-            part.pop("quantization_config", None)  # sizes are those of what kt makes of it
+    file = Path(model).expanduser()
+    kind = kind_of(file, registry) if file.exists() else None
+    if kind is not None:
+        config_dict = dict(kind.config(file))
+    else:
+        file = find_config(model, registry, progress)
+        # sizes are those of what kt makes of it
+        config_dict = without_quantization(parse_config(file))
     config = config_from_dict(config_dict, registry, file)
     progress("reading the model's structure", None)
     return outline_config(config, registry, model_type=config_dict["model_type"])

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from kt_core.checkpoint import PackedDirectory
+from kt_core.checkpoint import PackedDirectory, open_packed
+from kt_core.engine.model_files import kind_of, read_config
 from kt_core.errors import CheckpointError, UnsupportedFormatError
 from kt_core.interfaces import ExpertDevice, ExpertsSite
 from kt_core.plugins import Registry
 from kt_core.types import Format
+
+
+def find_packed(path: Path, registry: Registry) -> PackedDirectory | None:
+    """Return the packed model at a path; None for other models. Errors as ``open_packed``."""
+    return None if kind_of(path, registry) else open_packed(path, read_config(path))
 
 
 def check_packed_sites(

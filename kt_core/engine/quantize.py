@@ -306,6 +306,10 @@ class _Job:
         for source in plan.copied:
             with replacing(folder / source.name) as temporary:
                 shutil.copyfile(source, temporary)
+        saved = []
+        if plan.tokenizer is not None:
+            saved = [Path(file).name for file in plan.tokenizer.save_pretrained(folder)]
+            saved = [name for name in dict.fromkeys(saved) if (folder / name).is_file()]
         weight_map = {name: file for file, names in plan.shards.items() for name in names}
         for layer_plan in plan.layers:
             layer = layer_plan.layer
@@ -316,7 +320,7 @@ class _Job:
         for name, content in texts.items():
             with replacing(folder / name) as temporary:
                 temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        small = [source.name for source in plan.copied] + list(texts)
+        small = [*(source.name for source in plan.copied), *saved, *texts]
         files = self.state.files | {name: file_entry(folder / name) for name in small}
         with replacing(folder / MANIFEST_NAME) as temporary:
             temporary.write_text(manifest_text(files), encoding="utf-8")

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kt_core.checkpoint import Checkpoint, DecodedCheckpoint, open_checkpoint
-from kt_core.errors import CheckpointError, UnsupportedFormatError
+from kt_core.checkpoint.packed_config import METHOD
+from kt_core.engine.chat import load_tokenizer
+from kt_core.engine.model_files import kind_of, read_config
+from kt_core.errors import CheckpointError, KtError, UnsupportedFormatError
+from kt_core.interfaces import OpenedModel
 from kt_core.plugins import Registry
 
 _KEYS = ("quantization_config", "compression_config")
 # Where exporters that leave config.json alone put it.
 _SEPARATE_FILE = "hf_quant_config.json"
+
+
+def open_model(path: Path, registry: Registry) -> OpenedModel:
+    """Open a model directory, or a file that a plug-in reads.
+
+    Raises:
+        KtError: It cannot be opened.
+    """
+    if (kind := kind_of(path, registry)) is not None:
+        return kind.open(path)
+    config = read_config(path)
+    return OpenedModel(
+        config=without_quantization(config),
+        checkpoint=open_stored(path, config, registry),
+        tokenizer=partial(load_tokenizer, path),
+    )
 
 
 def open_stored(directory: Path, config: Mapping[str, Any], registry: Registry) -> Checkpoint:
@@ -32,19 +54,24 @@ def open_stored(directory: Path, config: Mapping[str, Any], registry: Registry) 
     if stored is None:
         return open_checkpoint(directory)
     method = stored.get("quant_method")
+    if method == METHOD:  # experts are packed: see packed_loading
+        return open_checkpoint(directory)
     if method not in registry.checkpoint_formats:
         known = ", ".join(sorted(registry.checkpoint_formats.names())) or "none"
         msg = (
             f"the {config['model_type']!r} checkpoint in {directory} is quantised with "
             f"quant_method {method!r}, which no reader is registered for (registered: "
-            f"{known}). Use another checkpoint of the model, or a plug-in that reads this one: docs/checkpoints.md."
+            f"{known}). Use another checkpoint of the model, or a plug-in that reads this one: "
+            "docs/checkpoints.md."
         )
         raise UnsupportedFormatError(msg)
     files = open_checkpoint(directory)
     reader = registry.checkpoint_formats.get(str(method))
     try:
         matrices = list(reader.matrices(stored, files.tensors, files.read))
-    except (AttributeError, KeyError, TypeError) as error:
+    except KtError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as error:
         reason = f"{type(error).__name__}: {error}"
         msg = (
             f"the quantization_config in {directory} says something else than checkpoints of "
@@ -71,7 +98,7 @@ def quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] |
         content = json.loads(file.read_text(encoding="utf-8"))
         found = dict(content["quantization"])
         method = str(content["producer"]["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         msg = f"{file} cannot be read: {type(error).__name__} {error}. Download it again."
         raise CheckpointError(msg) from error
     return {"quant_method": method, **found}

@@ -8,16 +8,16 @@ codes and scales.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from kt_core.checkpoint import Checkpoint
 from kt_core.engine.transformers_tensors import ExpertTensors
 from kt_core.errors import UnsupportedFormatError
-from kt_core.interfaces import ExpertsSite, ExpertWeights, QuantizedTensor
+from kt_core.interfaces import ExpertsSite, ExpertWeights, QuantizedTensor, StoredMatrix
 from kt_core.quant.exact import format_named
 from kt_core.types import Format
 
@@ -25,23 +25,25 @@ _PROJECTIONS = ("gate", "up", "down")
 _PARTS = ("codes", "scales", "zero_points", "minimums", "output_scales")
 
 
+def stored_matrices(
+    checkpoint: Checkpoint, site: ExpertsSite, tensors: Mapping[str, ExpertTensors]
+) -> Iterator[StoredMatrix | None]:
+    """Yield how each matrix of a layer is stored; None for one that is not quantised."""
+    for parts in tensors.values():
+        for expert in range(1 if parts.is_fused else site.spec.num_experts):
+            for name in parts.names(expert):
+                if len(checkpoint.tensors[name].shape) >= 2 + parts.is_fused:  # else a bias
+                    yield checkpoint.stored(name)
+
+
 def stored_formats(
     checkpoint: Checkpoint, site: ExpertsSite, tensors: Mapping[str, ExpertTensors]
 ) -> set[Format] | None:
     """Return what the matrices of a layer would be packed as; None where none is quantised."""
-    found: set[Format] = set()
-    is_quantised = False
-    for parts in tensors.values():
-        for expert in range(site.spec.num_experts):
-            for name in parts.names(expert):
-                if (matrix := checkpoint.stored(name)) is not None:
-                    is_quantised = True
-                    found.add(matrix.packed_format)
-                elif len(checkpoint.tensors[name].shape) > 1 + parts.is_fused:
-                    found.add(format_named("bf16"))
-            if parts.is_fused:
-                break
-    return found if is_quantised else None
+    found = list(stored_matrices(checkpoint, site, tensors))
+    if not any(found):
+        return None
+    return {matrix.packed_format if matrix else format_named("bf16") for matrix in found}
 
 
 def layer_format(formats: set[Format], site: ExpertsSite) -> Format:
@@ -74,6 +76,10 @@ class _Rows:
         return rows[self.index].view(found[0].dtype).reshape(-1, *found[0].shape[1:])
 
 
+RowsByLayout: TypeAlias = "dict[object, dict[str, _Rows]]"
+"""Where rows come from, by how a layer is stored: found out once for all layers that are alike."""
+
+
 class StoredExperts:
     """Reads the experts of one layer as they are stored."""
 
@@ -83,8 +89,16 @@ class StoredExperts:
         site: ExpertsSite,
         tensors: Mapping[str, ExpertTensors],
         weight_format: Format,
+        known: RowsByLayout,
     ) -> None:
         """Find out which row of which matrix goes where.
+
+        Args:
+            checkpoint: Where the matrices are.
+            site: The layer.
+            tensors: Of its parameters.
+            weight_format: Of its kernel.
+            known: What was found out for other layers of this model; added to.
 
         Raises:
             UnsupportedFormatError: The model needs something else of the matrices than their rows.
@@ -93,8 +107,11 @@ class StoredExperts:
         self._site = site
         self._tensors = tensors
         self._format = weight_format
-        with torch.device("cpu"):  # transformers prepares models where the default is meta
-            self._rows = self._find_rows()
+        layout = self._layout()
+        if layout not in known:
+            with torch.device("cpu"):  # transformers prepares models where the default is meta
+                known[layout] = self._find_rows()
+        self._rows = known[layout]
 
     def is_exact(self, expert: int) -> bool:
         """Whether every matrix of an expert is stored in the format of the layer."""
@@ -136,6 +153,18 @@ class StoredExperts:
                 parts[part] = where.take(values)
         return QuantizedTensor(weight_format=self._format, **parts)
 
+    def _layout(self) -> object:
+        """What two layers of a model have in common whose rows lie alike."""
+        stored = tuple(
+            (name, parts.layout, tuple(self._described(part) for part in parts.names(0)))
+            for name, parts in self._tensors.items()
+        )
+        return self._site.spec, stored
+
+    def _described(self, name: str) -> object:
+        matrix = self._checkpoint.stored(name)
+        return self._checkpoint.tensors[name].shape, matrix is not None and matrix.is_transposed
+
     def _find_rows(self) -> dict[str, _Rows]:
         marked = {name: self._marked(parts) for name, parts in self._tensors.items()}
         weights = self._site.expert_weights({name: row for name, (row, _) in marked.items()})
@@ -165,7 +194,8 @@ class StoredExperts:
         def marks(name: str, expert: int) -> torch.Tensor:
             del expert
             rows, columns = sizes[names.index(name)]
-            values = torch.arange(starts[name], starts[name] + rows * columns)
+            end = starts[name] + rows * columns
+            values = torch.arange(starts[name], end, dtype=torch.int32)
             values = values.view(rows, columns)
             matrix = self._checkpoint.stored(name)
             if matrix is None:
@@ -188,9 +218,9 @@ class StoredExperts:
         parameter = owners[0] if owners else ""
         sizes = marked[parameter][1] if owners else [(0, 0)]
         columns = sizes[0][1] or 1
-        rows = marks[:, 0] // columns
+        rows = (marks[:, 0] // columns).long()
         is_whole = all(size[1] == marks.shape[1] for size in sizes) and torch.equal(
-            marks, rows[:, None] * columns + torch.arange(marks.shape[1])
+            marks, rows[:, None] * columns + torch.arange(marks.shape[1], dtype=torch.int32)
         )
         if not is_whole:
             msg = (
@@ -221,8 +251,11 @@ def find_stored(
     site: ExpertsSite,
     tensors: Mapping[str, ExpertTensors],
     weight_format: Format,
+    known: RowsByLayout,
 ) -> StoredExperts | None:
     """Return who reads the experts of a layer as they are stored; None where nobody can.
+
+    Arguments are those of ``StoredExperts``.
 
     Raises:
         UnsupportedFormatError: As ``StoredExperts``.
@@ -230,4 +263,4 @@ def find_stored(
     stored = stored_formats(checkpoint, site, tensors)
     if stored is None or weight_format not in stored:
         return None
-    return StoredExperts(checkpoint, site, tensors, weight_format)
+    return StoredExperts(checkpoint, site, tensors, weight_format, known)

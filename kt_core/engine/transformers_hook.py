@@ -6,7 +6,8 @@ parameters leave the module tree, so transformers never reads their tensors. The
 layers that are packed; the rest it loads as ever. What their tensors are called on disk is the
 business of ``transformers_tensors``.
 
-What only we can read reaches it as a state dict of tensors that are read when they are asked for.
+What only we can read reaches it as a state dict of tensors that are read when they are asked for:
+tests/checkpoints proves that.
 
 Public: ``register_quantizer``, ``register_quantization_config``, ``HfQuantizer``. Private, and
 proven by tests/engine/test_loading_hook.py on the versions that pyproject.toml allows:

@@ -259,6 +259,11 @@ class ExpertTensors:
         """Whether one tensor holds the row of every expert."""
         return self._is_fused
 
+    @property
+    def layout(self) -> object:
+        """What is the same for parameters whose rows are made of their sources alike."""
+        return tuple(self._sources), self._is_fused
+
     def convert(self, expert: int, read: Callable[[str, int], torch.Tensor]) -> torch.Tensor:
         """Make the parameter's row of one expert of tensors from elsewhere.
 

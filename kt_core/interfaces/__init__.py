@@ -20,6 +20,7 @@ from kt_core.interfaces.expert_kernel import (
 from kt_core.interfaces.host_functions import HostFunctions
 from kt_core.interfaces.linear_kernel import LinearKernel
 from kt_core.interfaces.model_adapter import ExpertsSite, ModelAdapter
+from kt_core.interfaces.model_files import ModelFiles, OpenedModel
 from kt_core.interfaces.model_source import ModelSource, Progress, no_progress
 from kt_core.interfaces.named_config import NamedConfig
 from kt_core.interfaces.placement_policy import (
@@ -48,9 +49,11 @@ __all__ = [
     "LinearKernel",
     "LoraWeights",
     "ModelAdapter",
+    "ModelFiles",
     "ModelSource",
     "NamedConfig",
     "OnlinePlacement",
+    "OpenedModel",
     "Placement",
     "PlacementPolicy",
     "Progress",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kt_checkpoints.integers import nibbles
 from kt_core.errors import CheckpointError, UnsupportedFormatError
 from kt_core.interfaces import QuantizedTensor, StoredMatrix, TensorInfo
 from kt_core.quant.exact import exact_format, format_named, quantized
@@ -99,20 +100,7 @@ def float_matrix(
         UnsupportedFormatError: The types are none that are read.
     """
     codes, scales = tensors[weight], tensors[scale]
-    if not is_codes(codes) or scales.dtype not in SCALE_TYPES:
-        msg = (
-            f"{weight} is stored as {codes.dtype} with scales {scales.dtype} ({scale}), which is "
-            f"not read; read are {FP8}, U8 and I8 with {', '.join(SCALE_TYPES)}"
-        )
-        raise UnsupportedFormatError(msg)
-    element = Element.FP8 if codes.dtype == FP8 else Element.FP4
-    scale_type = SCALE_TYPES[scales.dtype]
-    if element is Element.FP4 and scale_type not in {ScaleType.E8M0, ScaleType.E4M3}:
-        msg = f"{weight} is {codes.dtype} with scales {scales.dtype}: that is neither fp8 nor fp4"
-        raise UnsupportedFormatError(msg)
-    if len(codes.shape) < 2:
-        msg = f"{weight} is {list(codes.shape)}, quantised weights are matrices"
-        raise CheckpointError(msg)
+    element, scale_type = _types(weight, scale, tensors)
     *stack, out_features, in_features = codes.shape
     in_features *= 1 if element is Element.FP8 else 2
     blocks = _blocks(out_features, in_features, scales.shape[len(stack) :], block)
@@ -144,6 +132,25 @@ def float_matrix(
     )
 
 
+def _types(weight: str, scale: str, tensors: Mapping[str, TensorInfo]) -> tuple[Element, ScaleType]:
+    codes, scales = tensors[weight], tensors[scale]
+    if not is_codes(codes) or scales.dtype not in SCALE_TYPES:
+        msg = (
+            f"{weight} is stored as {codes.dtype} with scales {scales.dtype} ({scale}), which is "
+            f"not read; read are {FP8}, U8 and I8 with {', '.join(SCALE_TYPES)}"
+        )
+        raise UnsupportedFormatError(msg)
+    element = Element.FP8 if codes.dtype == FP8 else Element.FP4
+    scale_type = SCALE_TYPES[scales.dtype]
+    if element is Element.FP4 and scale_type not in {ScaleType.E8M0, ScaleType.E4M3}:
+        msg = f"{weight} is {codes.dtype} with scales {scales.dtype}: that is neither fp8 nor fp4"
+        raise UnsupportedFormatError(msg)
+    if len(codes.shape) < 2:
+        msg = f"{weight} is {list(codes.shape)}, quantised weights are matrices"
+        raise CheckpointError(msg)
+    return element, scale_type
+
+
 def _blocks(
     out_features: int, in_features: int, grid: Sequence[int], block: tuple[int, int] | None
 ) -> _Blocks | None:
@@ -168,8 +175,7 @@ def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     """Return ``[out, in]`` uint8 codes of bytes ``[out, in / 2]``: the low four bits come first."""
     import torch
 
-    packed = packed.view(torch.uint8)
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    return nibbles(packed.contiguous().view(torch.uint8))
 
 
 def to_float(scales: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,8 @@ class Integers:
                 raise ValueError(msg)
             zeros = None
         if weight_format is not None:
-            signed = codes if zeros is not None else (codes.short() - middle).to(torch.int8)
+            # Bytes wrap round: what lies below the middle becomes a negative int8.
+            signed = codes if zeros is not None else (codes - middle).view(torch.int8)
             return quantized(
                 weight_format, signed, scales, group_size=self.group_size, zero_points=zeros
             )
@@ -129,6 +130,15 @@ def scale_type(name: str, tensors: Mapping[str, TensorInfo]) -> ScaleType:
     return SCALE_TYPES[dtype]
 
 
+def nibbles(data: torch.Tensor) -> torch.Tensor:
+    """Return the halves of bytes ``[rows, bytes]`` as ``[rows, 2 * bytes]``, low ones first."""
+    import torch
+
+    # In one number of 16 bits, of which x86 stores the lower half first.
+    wide = data.to(torch.int16)
+    return ((wide | (wide << 4)) & 0x0F0F).view(torch.uint8)
+
+
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the codes in words, the first one in the lowest bits.
 
@@ -144,9 +154,11 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     data = words.contiguous().view(torch.uint8)  # x86 stores the lowest byte first, too
     if bits == 8:
         return data
-    if bits in {2, 4}:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        return ((data[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)
+    if bits == 4:
+        return nibbles(data)
+    if bits == 2:
+        halves = nibbles(data).short()
+        return ((halves | (halves << 6)) & 0x0303).view(torch.uint8)
     each = (data[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
     each = each.flatten(1)
     count = each.shape[1] // bits

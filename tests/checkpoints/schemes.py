@@ -85,6 +85,22 @@ _FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
 # --- compressed-tensors --------------------------------------------------------------------------
 
 
+def _range(weight: torch.Tensor, weights: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest number of what shares a scale."""
+    rows, columns = weight.shape
+    strategy = str(weights.strategy)
+    if strategy == "block":
+        structure = weights.block_structure
+        assert structure is not None
+        high = _blocks(weight, *structure)
+        return -high, high
+    if strategy == "tensor":
+        return weight.min().view(1), weight.max().view(1)
+    size = weights.group_size if "group" in strategy else columns
+    groups = weight.view(rows, -1, size or columns)
+    return groups.amin(-1), groups.amax(-1)
+
+
 def _compressed(name: str, stored_dtype: torch.dtype | None = None, **arguments: Any) -> Scheme:
     """Return a scheme that the package itself writes and reads."""
     packed = arguments.pop("packed")
@@ -96,17 +112,7 @@ def _compressed(name: str, stored_dtype: torch.dtype | None = None, **arguments:
     def store(weight: torch.Tensor) -> Stored:
         strategy = str(weights.strategy)
         rows, columns = weight.shape
-        if strategy == "block":
-            structure = weights.block_structure
-            assert structure is not None
-            low = high = _blocks(weight, *structure)
-            low = -high
-        else:
-            size = weights.group_size if "group" in strategy else columns
-            groups = weight.view(rows, -1, size or columns)
-            low, high = groups.amin(-1), groups.amax(-1)
-            if strategy == "tensor":
-                low, high = low.min().view(1), high.max().view(1)
+        low, high = _range(weight, weights)
         state: Tensors = {"weight": weight}
         factor = None
         if strategy == "tensor_group":

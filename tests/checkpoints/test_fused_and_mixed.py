@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,12 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from checkpoints.schemes import SCHEMES
 from checkpoints.test_quantised import TOLERANCE, difference, load
-from checkpoints.writing import save_model, write_checkpoint
+from checkpoints.writing import save_model, store_matrices, write_checkpoint
+from kt_core import hardware
+from kt_core.engine import loading
+from kt_core.errors import UnsupportedFormatError
+from kt_core.interfaces import ExpertsSite, ExpertWeights
+from kt_core.plan.fitting import RESERVE_BYTES
 from kt_core.quant.exact import format_named
 from kt_core.quant.reference import dequantize, quantize
 
@@ -190,3 +197,73 @@ def test_layers_that_are_stored_in_different_formats(
     truth = tiny.load_reference(dense)
     want = tiny.logits(truth, tiny.sample_input_ids(truth.config))
     assert difference(got, want) <= TOLERANCE
+
+
+def test_a_layout_that_cuts_groups_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter may do anything with a matrix; with codes and scales only what moves rows."""
+    tensors = save_model("qwen3_moe", tmp_path / "base", moe_intermediate_size=64)
+    stored, _ = store_matrices(tensors, BY_NAME["pack-quantized 4 bits group 32"].store)
+    config = dict(BY_NAME["pack-quantized 4 bits group 32"].config)
+    quantised = write_checkpoint(
+        tmp_path / "q", tmp_path / "base", stored, quantization_config=config
+    )
+
+    def reversed_inputs(sites: list[ExpertsSite]) -> list[ExpertsSite]:
+        def changed(site: ExpertsSite) -> ExpertsSite:
+            def weights(rows: Mapping[str, torch.Tensor]) -> ExpertWeights:
+                plain = site.expert_weights(rows)
+                assert isinstance(plain.down, torch.Tensor)
+                return replace(plain, down=plain.down.flip(1))
+
+            return replace(site, expert_weights=weights)
+
+        return [changed(site) for site in sites]
+
+    find = loading.find_sites
+    monkeypatch.setattr(loading, "find_sites", lambda *a: reversed_inputs(find(*a)))
+    with pytest.raises(UnsupportedFormatError, match=r"down projections .* --format int8"):
+        load(quantised)
+    load(quantised, format="int8").close()
+
+
+def test_dense_layers_can_be_packed(tmp_path: Path) -> None:
+    tensors = save_model("qwen3_moe", tmp_path / "base", moe_intermediate_size=64)
+    scheme = BY_NAME["pack-quantized 4 bits group 32"]
+    stored, numbers = store_matrices(tensors, scheme.store)
+    quantised = write_checkpoint(
+        tmp_path / "q", tmp_path / "base", stored, quantization_config=dict(scheme.config)
+    )
+    dense = write_checkpoint(tmp_path / "d", tmp_path / "base", numbers)
+    with load(dense, format="bf16", dense_format="int8") as engine:
+        input_ids = tiny.sample_input_ids(engine.model.config)
+        want = tiny.logits(engine.model, input_ids)
+    with load(quantised, format="bf16", dense_format="int8") as engine:
+        assert engine.stats().dense_layers > 0
+        got = tiny.logits(engine.model, input_ids)
+    assert difference(got, want) <= TOLERANCE
+
+
+def test_too_little_memory_takes_a_smaller_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never a larger one, though it comes earlier among those that auto tries."""
+    tensors = save_model("qwen3_moe", tmp_path / "base", hidden_size=128, moe_intermediate_size=128)
+    scheme = BY_NAME["fp8 128x128 float32"]
+    stored, _ = store_matrices(tensors, scheme.store)
+    quantised = write_checkpoint(
+        tmp_path / "q", tmp_path / "base", stored, quantization_config=dict(scheme.config)
+    )
+    with load(quantised) as engine:
+        stats = engine.stats()
+    assert stats.format == "fp8"
+    needed = stats.expert_bytes + stats.dense_bytes + RESERVE_BYTES
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: needed)
+    with load(quantised) as engine:
+        assert engine.stats().format == "fp8"
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: needed - 1)
+    caplog.clear()
+    with load(quantised) as engine:
+        assert engine.stats().format == "int4-g32"
+    assert "holds experts as fp8; they are quantised again, as int4-g32" in caplog.text

@@ -92,7 +92,7 @@ def test_name_that_is_taken(kt_process: Kt, tmp_path: Path) -> None:
 
 def test_blocking_a_plugin_that_is_not_there(kt: Kt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KT_BLOCK_PLUGINS", "demo,dmeo")
-    message = kt("version").fails("KT_BLOCK_PLUGINS", "'dmeo'", "Installed: cpu, demo")
+    message = kt("version").fails("KT_BLOCK_PLUGINS", "'dmeo'", "Installed: checkpoints, cpu, demo")
     assert "'demo'" not in message
 
 
@@ -176,7 +176,7 @@ def test_empty_stdin(kt: Kt, prompt: str) -> None:
     [
         ("kt ver", ["verify", "version"]),
         ("kt run de", ["demo"]),
-        ("kt run demo --format int8-g3", ["int8-g32", "int8-g32-f16"]),
+        ("kt run demo --format int8-g3", ["int8-g32", "int8-g32-f16", "int8-g32-f32"]),
         ("kt run demo --temp", ["--temperature"]),
     ],
 )

@@ -113,7 +113,9 @@ def test_a_directory_is_itself(
 def test_a_file_is_no_model(registry: Registry, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(ModelSourceError, match="is a file; give the directory that holds config"):
+    with pytest.raises(
+        ModelSourceError, match=r"is a file that holds no model of a known kind.*give the directory"
+    ):
         resolve_model(file, registry)
 
 

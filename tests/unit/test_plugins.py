@@ -28,8 +28,10 @@ from kt_core.interfaces import (
     CheckpointFormat,
     ExpertDevice,
     ModelAdapter,
+    ModelFiles,
     ModelSource,
     NamedConfig,
+    OpenedModel,
     PlacementPolicy,
     QuantizedTensor,
     StoredMatrix,
@@ -204,6 +206,7 @@ def test_without_entry_points_nothing_is_there(install: Callable[..., None]) -> 
         assert registry.checkpoint_formats.names() == ()
         assert registry.adapters.names() == ()
         assert registry.generic_adapters == []
+        assert registry.model_files.names() == ()
         assert registry.sources.names() == ()
         assert registry.policies.names() == ()
 
@@ -398,6 +401,30 @@ def test_hook_kt_register_model_adapters() -> None:
     assert registry.adapters.get("alpha") is registry.adapters.get("beta") is special
     assert registry.adapters.names() == ("alpha", "beta")
     assert registry.generic_adapters == [generic]
+
+
+class FakeFiles(ModelFiles):
+    name = "tiny"
+
+    def recognises(self, path: Path) -> bool:
+        return path.suffix == ".tiny"
+
+    def config(self, path: Path) -> dict[str, object]:
+        raise NotImplementedError
+
+    def open(self, path: Path) -> OpenedModel:
+        raise NotImplementedError
+
+
+def test_hook_kt_register_model_files() -> None:
+    files = FakeFiles()
+
+    def kt_register_model_files(register: Callable[[ModelFiles], None]) -> None:
+        register(files)
+
+    registry = load(plugin("ktt", kt_register_model_files=kt_register_model_files))
+    assert list(registry.model_files) == [files]
+    assert registry.model_files.get("tiny") is files
 
 
 def test_hook_kt_register_model_sources() -> None:
