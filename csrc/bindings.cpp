@@ -1,5 +1,6 @@
 // Python's way in: converts arguments, checks what C++ cannot recover from, releases the GIL.
-// Tensors arrive as addresses, so that nothing here depends on torch's C++ interface.
+// Tensors arrive as addresses, so that nothing here depends on torch's C++ interface. Longer than
+// most files: one module, whose classes share what is at its top.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -20,6 +20,7 @@ Examples:
 
 * `kt quant ./Qwen3-30B-A3B ./qwen3-int4 --format int4`
 * `kt quant demo ./demo-mxfp4 --format mxfp4 --json`
+* `kt quant ./model ./packed --format int4 --calibrate text.txt --eval other.txt`
 * `kt quant ./model ./packed --format int4 --overrides layers.yaml`, with lines such as
   `"model.layers.0.*": int8` in layers.yaml
 """
@@ -69,6 +70,22 @@ def quant(
             help="YAML: formats of single layers, by patterns of the paths of experts modules.",
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="A text that the model reads first: what its weights meet there counts more.",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="A text to compare the result with the source on: perplexity and KL.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option("--threads", metavar="N", help="CPU threads.", min=1, max=1024),
@@ -83,32 +100,27 @@ def quant(
     """
     silence_transformers()
     chosen = _overrides(overrides)
+    if calibrate and method != "search":
+        msg = f"--calibrate tells the search which weights matter; --method {method} has none"
+        raise InvalidRequestError(msg)
     with progress_bar("starting", with_rest=True) as progress:
-        from kt_core.engine.model_files import resolve_model  # seconds: torch and transformers
-        from kt_core.engine.quantize import check_target, quantize, unfinished
-        from kt_core.engine.quantize_expert import Method
-        from kt_core.engine.quantize_plan import plan_quantization
+        from kt_core.engine import quantize_command  # seconds: torch and transformers
 
-        if method not in list(Method):
-            msg = f"--method {method!r} is unknown; there are: {', '.join(Method)}"
-            raise InvalidRequestError(msg)
-        registry = registry_of(context)
-        target = target.expanduser().absolute()
-        check_target(target)
-        if weight_format == "auto":
-            msg = "--format auto is for running: say what the experts shall become"
-            raise InvalidRequestError(msg)
-        registry.formats.get(weight_format)
-        plan = plan_quantization(
-            resolve_model(source, registry, progress),
-            registry,
-            weight_format=weight_format,
-            method=method,
-            overrides=chosen,
+        report = quantize_command.run(
+            source,
+            target.expanduser().absolute(),
+            registry_of(context),
+            quantize_command.Options(
+                weight_format=weight_format,
+                method=method,
+                overrides=chosen,
+                calibrate=calibrate,
+                evaluate=evaluate,
+                threads=threads,
+            ),
+            progress=progress,
+            remark=remark,
         )
-        if unfinished(target).exists():
-            remark(f"going on with {unfinished(target)}, which an earlier run left")
-        report = quantize(plan, target, method=Method(method), threads=threads, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -148,6 +160,14 @@ def _show(report: QuantReport) -> None:
     }
     if report.resumed_files:
         facts["files of an earlier run"] = report.resumed_files
+    if report.evaluation is not None:
+        found = report.evaluation
+        facts |= {
+            "perplexity": f"{found.perplexity:.4f} ({found.source_format}: "
+            f"{found.source_perplexity:.4f}), {found.tokens} tokens",
+            "KL divergence": f"{found.kl:.5f} nats, 99% below {found.kl_p99:.5f}",
+            "same likeliest token": f"{found.same_best:.1%}",
+        }
     summary = table()
     for name, value in facts.items():
         summary.add_row(name, str(value))

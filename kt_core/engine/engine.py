@@ -39,7 +39,7 @@ from kt_core.errors import (
     UnsupportedDenseError,
     UnsupportedFormatError,
 )
-from kt_core.interfaces import ExpertDevice, Progress, no_progress
+from kt_core.interfaces import ExpertDevice, ExpertKernel, Progress, no_progress
 from kt_core.plugins import Registry
 from kt_core.types import ActivationPrecision, Format
 
@@ -259,6 +259,14 @@ class Engine:
     def accelerators(self) -> Accelerators | None:
         """The accelerators and what lies on them; None where the host does it all."""
         return self._loader.accelerators
+
+    @property
+    def kernels(self) -> list[ExpertKernel]:
+        """Who computes the experts, by layer; layers that share experts have one.
+
+        The host's, where there are accelerators, too.
+        """
+        return [loaded.kernel for loaded in self._loader.sites]
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the tokens of a prompt.

@@ -14,15 +14,8 @@ from kt_core.types import Format
 
 
 def find_packed(path: Path, registry: Registry) -> PackedDirectory | None:
-    """Return what a packed model directory says of its experts; None where it is another model.
-
-    Raises:
-        CheckpointError: It is damaged, or unfinished.
-        UnsupportedFormatError: It is newer than this version.
-    """
-    if kind_of(path, registry) is not None:
-        return None
-    return open_packed(path, read_config(path))
+    """Return the packed model at a path; None for other models. Errors as ``open_packed``."""
+    return None if kind_of(path, registry) else open_packed(path, read_config(path))
 
 
 def check_packed_sites(

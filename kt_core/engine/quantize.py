@@ -13,11 +13,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -34,14 +34,22 @@ from kt_core.checkpoint.safetensors_files import INDEX_NAME
 from kt_core.checkpoint.safetensors_writer import NewTensor, tensor_bytes, write_safetensors
 from kt_core.engine.model_files import read_config
 from kt_core.engine.quantize_expert import Method
-from kt_core.engine.quantize_layer import LayerReport, LayerWorker
+from kt_core.engine.quantize_layer import Importance, LayerReport, LayerWorker
 from kt_core.engine.quantize_plan import LayerPlan, QuantPlan, check_room, new_config
 from kt_core.errors import CheckpointError, InvalidRequestError, NotEnoughDiskError
 from kt_core.interfaces import Progress, no_progress
 from kt_core.paths import replacing
 
+if TYPE_CHECKING:
+    from kt_core.engine.calibration import Calibration
+    from kt_core.engine.evaluation import Evaluation
+
 _STATE_NAME = "kt-quant-state.json"
 _INTERNAL = (_STATE_NAME, "lock")
+_CALIBRATION = "kt-calibration"
+
+Calibrator: TypeAlias = "Callable[[Path], Calibration]"
+"""Makes a calibration in a folder, or finds what an earlier run made there."""
 
 
 @dataclass(slots=True)
@@ -56,6 +64,7 @@ class QuantReport:
         expert_bytes: Packed experts.
         dense_bytes: Everything else.
         seconds: How long it took, this time.
+        evaluation: How it compares with the source, if that was asked for.
     """
 
     target: str
@@ -65,6 +74,7 @@ class QuantReport:
     expert_bytes: int = 0
     dense_bytes: int = 0
     seconds: float = 0.0
+    evaluation: Evaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -98,6 +108,7 @@ def quantize(
     target: Path,
     *,
     method: Method,
+    calibrator: Calibrator | None = None,
     threads: int | None = None,
     progress: Progress = no_progress,
 ) -> QuantReport:
@@ -107,6 +118,7 @@ def quantize(
         plan: What is to be done.
         target: The directory.
         method: How weights become codes.
+        calibrator: Says which weights matter: see ``kt_core.engine.calibration``.
         threads: How many work; None for one per physical core.
         progress: Told how far it has come.
 
@@ -127,8 +139,9 @@ def quantize(
         written = sum(int(entry["size_bytes"]) for entry in state.files.values())
         check_room(folder, plan.size_bytes, written)
         count = threads or hardware.detect(with_accelerators=False).cpu.usable_threads
-        job = _Job(plan, folder, state, method, count, progress)
         try:
+            calibration = calibrator(folder / _CALIBRATION) if calibrator else None
+            job = _Job(plan, folder, state, method, calibration, count, progress)
             with _one_torch_thread():
                 job.write_dense()
                 job.write_layers()
@@ -145,6 +158,7 @@ def quantize(
         report.layers = [LayerReport(**state.layers[p.layer.name]) for p in plan.layers]
         report.expert_bytes = sum(p.layer.size_bytes for p in plan.layers)
         report.dense_bytes = plan.dense_bytes
+        shutil.rmtree(folder / _CALIBRATION, ignore_errors=True)
         for name in _INTERNAL:
             (folder / name).unlink(missing_ok=True)
         folder.rename(target)
@@ -194,7 +208,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _resume(folder: Path, fingerprint: str) -> _State:
     """Return what was done before; remove what was not finished."""
-    for leftover in folder.glob(".*"):
+    for leftover in folder.rglob(".*"):
         leftover.unlink()  # of a run that was killed while it wrote
     file = folder / _STATE_NAME
     if not file.is_file():
@@ -224,6 +238,7 @@ class _Job:
     folder: Path
     state: _State
     method: Method
+    calibration: Calibration | None
     threads: int
     progress: Progress
 
@@ -233,7 +248,7 @@ class _Job:
         total = sum(p.num_weights for p in layers)
         done = sum(p.num_weights for p in layers if p.layer.file in self.state.files)
         self.progress("quantising experts", done / total)
-        for plan in layers:
+        for number, plan in enumerate(layers):
             if plan.layer.file in self.state.files:
                 continue
 
@@ -241,13 +256,23 @@ class _Job:
                 now = before + experts * each.site.spec.weights_per_expert
                 self.progress("quantising experts", now / total)
 
-            worker = LayerWorker(plan, self.method, self.threads, report)
+            worker = LayerWorker(
+                plan, self.method, self.threads, self._importance(number, plan), report
+            )
             self.state.files[plan.layer.file] = write_layer(
                 self.folder, plan.layer, worker.packed_experts()
             )
             self.state.layers[plan.layer.name] = asdict(worker.report())
             self.state.save(self.folder)
             done += plan.num_weights
+
+    def _importance(self, number: int, plan: LayerPlan) -> Importance | None:
+        calibration = self.calibration
+        if calibration is None:
+            return None
+        return lambda expert, weights: calibration.importance(
+            number, expert, weights, plan.site.spec
+        )
 
     def write_dense(self) -> None:
         """Copy dense tensors, bytes as they are."""
@@ -281,6 +306,10 @@ class _Job:
         for source in plan.copied:
             with replacing(folder / source.name) as temporary:
                 shutil.copyfile(source, temporary)
+        saved = []
+        if plan.tokenizer is not None:
+            saved = [Path(file).name for file in plan.tokenizer.save_pretrained(folder)]
+            saved = [name for name in dict.fromkeys(saved) if (folder / name).is_file()]
         weight_map = {name: file for file, names in plan.shards.items() for name in names}
         for layer_plan in plan.layers:
             layer = layer_plan.layer
@@ -291,7 +320,7 @@ class _Job:
         for name, content in texts.items():
             with replacing(folder / name) as temporary:
                 temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        small = [source.name for source in plan.copied] + list(texts)
+        small = [*(source.name for source in plan.copied), *saved, *texts]
         files = self.state.files | {name: file_entry(folder / name) for name in small}
         with replacing(folder / MANIFEST_NAME) as temporary:
             temporary.write_text(manifest_text(files), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -23,11 +24,20 @@ class Method(StrEnum):
 
 
 def quantize_expert(
-    weights: ExpertWeights, weight_format: WeightFormat, method: Method
+    weights: ExpertWeights,
+    weight_format: WeightFormat,
+    method: Method,
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[ExpertWeights, tuple[float, float]]:
     """Return the quantised expert; and its squared errors and squared weights, summed.
 
     Matrices that are quantised already stay as they are.
+
+    Args:
+        weights: The expert.
+        weight_format: What it becomes.
+        method: How.
+        importance: What the inputs of each projection are worth: see ``quantize_searched``.
 
     Raises:
         ValueError: A weight is NaN or infinite.
@@ -38,7 +48,8 @@ def quantize_expert(
         matrix = getattr(weights, name)
         if not isinstance(matrix, torch.Tensor):
             continue
-        quantized = _quantize(matrix, weight_format, method)
+        worth = None if importance is None else importance[name]
+        quantized = _quantize(matrix, weight_format, method, worth)
         values = matrix.float()
         errors += float((weight_format.dequantize(quantized) - values).square().sum())
         squares += float(values.square().sum())
@@ -46,8 +57,13 @@ def quantize_expert(
     return replace(weights, **stored), (errors, squares)
 
 
-def _quantize(matrix: torch.Tensor, weight_format: WeightFormat, method: Method) -> QuantizedTensor:
+def _quantize(
+    matrix: torch.Tensor,
+    weight_format: WeightFormat,
+    method: Method,
+    importance: torch.Tensor | None,
+) -> QuantizedTensor:
     """The search is written over descriptors, and only for formats that these say all about."""
     if method is Method.SEARCH and isinstance(weight_format, ReferenceFormat):
-        return quantize_searched(matrix, weight_format.descriptor)
+        return quantize_searched(matrix, weight_format.descriptor, importance)
     return weight_format.quantize(matrix)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
@@ -13,6 +14,7 @@ from kt_core.engine.loading import read_expert
 from kt_core.engine.quantize_expert import Method, quantize_expert
 from kt_core.engine.quantize_plan import LayerPlan
 from kt_core.errors import CheckpointError
+from kt_core.interfaces import ExpertWeights
 from kt_core.interfaces.checks import check_finite, check_weights
 from kt_core.packed.codec import pack
 
@@ -34,6 +36,10 @@ class LayerReport:
     relative_error: float
 
 
+Importance: TypeAlias = Callable[[int, ExpertWeights], Mapping[str, torch.Tensor]]
+"""What the inputs of each projection of an expert are worth, by the projection's name."""
+
+
 @dataclass(slots=True)
 class LayerWorker:
     """Quantises the experts of one layer in parallel, and gives them out in order.
@@ -44,6 +50,7 @@ class LayerWorker:
     plan: LayerPlan
     method: Method
     threads: int
+    importance: Importance | None
     on_expert: Callable[[int], None]
     _squares: list[tuple[float, float]] = field(default_factory=list)
 
@@ -83,7 +90,9 @@ class LayerWorker:
         spec, descriptor = plan.site.spec, plan.weight_format.descriptor
         try:
             weights = read_expert(plan.site, plan.tensors, plan.stored, expert)
-            quantized, squares = quantize_expert(weights, plan.weight_format, self.method)
+            is_dense = isinstance(weights.up, torch.Tensor)
+            worth = self.importance(expert, weights) if self.importance and is_dense else None
+            quantized, squares = quantize_expert(weights, plan.weight_format, self.method, worth)
             check_weights(spec, descriptor, quantized)
             check_finite(quantized)
             return pack(quantized, spec, descriptor), squares

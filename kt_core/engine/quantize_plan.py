@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kt_core.checkpoint import Checkpoint, open_packed
+from kt_core.checkpoint import Checkpoint
 from kt_core.checkpoint.packed_config import PackedConfig, PackedLayer
 from kt_core.checkpoint.packed_directory import DIGEST_BYTES
 from kt_core.checkpoint.safetensors_files import INDEX_NAME
@@ -23,13 +23,14 @@ from kt_core.checkpoint.safetensors_writer import ALIGNMENT
 from kt_core.engine.loading import check_tensors, expert_parameters, stored_experts
 from kt_core.engine.model_files import (
     adapters_for,
+    kind_of,
     model_class,
     model_config,
     model_dtype,
-    read_config,
 )
+from kt_core.engine.packed_loading import find_packed
 from kt_core.engine.sites import find_sites, split_tied
-from kt_core.engine.stored_checkpoint import open_stored, without_quantization
+from kt_core.engine.stored_checkpoint import open_model
 from kt_core.engine.stored_experts import RowsByLayout, StoredExperts
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
 from kt_core.errors import InvalidRequestError, NotEnoughDiskError, UnsupportedFormatError
@@ -82,6 +83,7 @@ class QuantPlan:
         layers: Its experts, in order.
         shards: Names of dense tensors, by the file they go to.
         copied: Other files that are copied as they are.
+        tokenizer: Of a model in files of another kind: is saved; None where its files are copied.
         config: The ``quantization_config`` of what is written.
         dtype: Of the model: what dense tensors become that the source has quantised.
     """
@@ -92,6 +94,7 @@ class QuantPlan:
     layers: Sequence[LayerPlan]
     shards: Mapping[str, Sequence[str]]
     copied: Sequence[Path]
+    tokenizer: PreTrainedTokenizerBase | None
     config: PackedConfig
     dtype: torch.dtype
 
@@ -128,7 +131,8 @@ class QuantPlan:
             "shards": {n: list(s) for n, s in self.shards.items()},
         }
         made["config"]["source"] = ""  # the same bytes, wherever they lie
-        return fingerprint(self.source, self.checkpoint, json.dumps(made, sort_keys=True))
+        made["model"] = dict(self.config_dict)
+        return fingerprint(self.checkpoint, json.dumps(made, sort_keys=True, default=str))
 
 
 def plan_quantization(
@@ -154,16 +158,15 @@ def plan_quantization(
     """
     everywhere = registry.formats.get(weight_format)
     special = {pattern: registry.formats.get(name) for pattern, name in (overrides or {}).items()}
-    raw = read_config(source)
-    if open_packed(source, raw) is not None:
+    if find_packed(source, registry) is not None:
         msg = (
             f"{source} is packed by kt already: what was rounded once should not be rounded again. "
             "Give the original model."
         )
         raise UnsupportedFormatError(msg)
-    config_dict = without_quantization(raw)
+    opened = open_model(source, registry)
+    config_dict, checkpoint = dict(opened.config), opened.checkpoint
     config = model_config(source, config_dict, registry)
-    checkpoint = open_stored(source, raw, registry)
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config)(config).eval()
     own, _ = split_tied(model, find_sites(model, adapters_for(config_dict["model_type"], registry)))
@@ -184,16 +187,18 @@ def plan_quantization(
         layers.append(LayerPlan(site, parts, chosen, layer, stored))
     _check_overrides(special, own)
     shards = _shards(checkpoint, layers)
+    is_foreign = kind_of(source, registry) is not None
     return QuantPlan(
         source=source,
         config_dict=config_dict,
         checkpoint=checkpoint,
         layers=layers,
         shards=shards,
-        copied=[f for f in sorted(source.iterdir()) if f.is_file() and _is_copied(f.name)],
+        copied=[] if is_foreign else [f for f in sorted(source.iterdir()) if _is_copied(f)],
+        tokenizer=opened.tokenizer(config) if is_foreign else None,
         config=PackedConfig(
             layers={plan.layer.name: plan.layer for plan in layers},
-            source=str(raw.get("_name_or_path") or source.name),
+            source=source.name,
             method=method,
         ),
         dtype=model_dtype(config),
@@ -225,14 +230,13 @@ def check_room(folder: Path, needed_bytes: int, have_bytes: int = 0) -> None:
         raise NotEnoughDiskError(msg)
 
 
-def fingerprint(source: Path, checkpoint: Checkpoint, made: str) -> str:
+def fingerprint(checkpoint: Checkpoint, made: str) -> str:
     """Return a digest that changes when the source or what is made of it does.
 
     Of each file of the source: its size, when it was changed, its header, and pages from all over
     it. A checkpoint is not read whole for it: that would take as long as packing it.
     """
     digest = hashlib.sha256(made.encode())
-    digest.update((source / "config.json").read_bytes())
     described = sorted(
         (n, i.file.name, i.dtype, i.shape, i.offset) for n, i in checkpoint.tensors.items()
     )
@@ -278,5 +282,5 @@ def _shards(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> dict[str, li
     return {f"dense-{n:05}-of-{count:05}.safetensors": s for n, s in enumerate(shards, 1) if s}
 
 
-def _is_copied(name: str) -> bool:
-    return not any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_COPIED)
+def _is_copied(file: Path) -> bool:
+    return file.is_file() and not any(fnmatch.fnmatch(file.name, p) for p in _NOT_COPIED)

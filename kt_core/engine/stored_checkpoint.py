@@ -54,7 +54,7 @@ def open_stored(directory: Path, config: Mapping[str, Any], registry: Registry) 
     if stored is None:
         return open_checkpoint(directory)
     method = stored.get("quant_method")
-    if method == METHOD:  # packed by kt: experts are mapped, all else is as it was
+    if method == METHOD:  # experts are packed: see packed_loading
         return open_checkpoint(directory)
     if method not in registry.checkpoint_formats:
         known = ", ".join(sorted(registry.checkpoint_formats.names())) or "none"

@@ -10,6 +10,7 @@ import torch
 
 import kt_core
 from checkpoints.schemes import SCHEMES, Scheme
+from checkpoints.test_gguf_models import CASES, write
 from checkpoints.writing import save_model, store_matrices, write_checkpoint
 from kt_core import plugins
 from kt_core.engine.quantize import quantize
@@ -46,3 +47,20 @@ def test_numbers_stay_what_they_are(scheme: Scheme, tmp_path: Path) -> None:
     report = quantize(plan, tmp_path / "packed", method=Method.SEARCH, threads=1)
     assert [layer.relative_error for layer in report.layers] == [0.0]  # the first layer is dense
     assert torch.equal(logits(tmp_path / "packed"), logits(source))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "gpt-oss", "glm4moe"])
+def test_a_model_in_one_file(name: str, tmp_path: Path) -> None:
+    """Of another kind: its config is written out; with the numbers it is loaded with."""
+    case = CASES[name]
+    file, _ = write(case, tmp_path)
+    plan = plan_quantization(file, plugins.load(), weight_format=case.packed, method=Method.SEARCH)
+    report = quantize(plan, tmp_path / "packed", method=Method.SEARCH, threads=1)
+    assert {layer.relative_error for layer in report.layers} == {0.0}
+    with kt_core.load(file, threads=1) as engine:
+        ids = tiny.sample_input_ids(engine.model.config)
+        want = tiny.logits(engine.model, ids)
+        dtype = engine.model.dtype
+    with kt_core.load(tmp_path / "packed", threads=1) as engine:
+        assert engine.model.dtype is dtype
+        assert torch.equal(tiny.logits(engine.model, ids), want)

@@ -174,7 +174,7 @@ def test_empty_stdin(kt: Kt, prompt: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("kt ver", ["version"]),
+        ("kt ver", ["verify", "version"]),
         ("kt run de", ["demo"]),
         ("kt run demo --format int8-g3", ["int8-g32", "int8-g32-f16", "int8-g32-f32"]),
         ("kt run demo --temp", ["--temperature"]),
