@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -71,6 +72,12 @@ struct Ticket {
     // The job reads and writes the caller's tensors: never let go of them while it may run.
     if (job) Wait();
   }
+};
+
+// A buffer over the bytes of one expert, which keeps its layer.
+struct PackedBytes {
+  std::shared_ptr<kt::ExpertLayer> layer;
+  const uint8_t* bytes;
 };
 
 kt::SourceMatrix MatrixFrom(const py::object& source) {
@@ -196,6 +203,12 @@ void BindDevice(py::module_& m) {
 void BindLayer(py::module_& m) {
   py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket").def("wait", &Ticket::Wait);
 
+  py::class_<PackedBytes>(m, "PackedBytes", py::buffer_protocol())
+      .def_buffer([](const PackedBytes& packed) {
+        return py::buffer_info(const_cast<uint8_t*>(packed.bytes),
+                               static_cast<py::ssize_t>(packed.layer->layout().bytes));
+      });
+
   py::class_<kt::ExpertLayer, std::shared_ptr<kt::ExpertLayer>>(m, "ExpertLayer")
       .def(py::init([](const Device& device, const kt::LayerSpec& spec) {
              return std::make_shared<kt::ExpertLayer>(spec, *device.isa.kernels, device.pool,
@@ -234,11 +247,29 @@ void BindLayer(py::module_& m) {
             return parts;
           },
           "Of each node: outputs of gate and up, outputs of down, address and size.")
-      .def("packed_bytes",
-           [](const kt::ExpertLayer& layer, size_t expert) {
-             const std::vector<uint8_t> bytes = layer.Bytes(expert);
-             return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-           })
+      .def(
+          "load_packed",
+          [](kt::ExpertLayer& layer, size_t expert, uintptr_t packed) {
+            const py::gil_scoped_release release;
+            layer.LoadPacked(expert, Pointer<const uint8_t>(packed));
+          },
+          py::arg("expert"), py::arg("packed"))
+      .def(
+          "packed",
+          [](const std::shared_ptr<kt::ExpertLayer>& layer,
+             size_t expert) -> std::optional<PackedBytes> {
+            const uint8_t* bytes = layer->Packed(expert);
+            if (bytes == nullptr) return std::nullopt;
+            return PackedBytes{layer, bytes};
+          },
+          py::arg("expert"), "The expert's bytes where they lie; None if not in one piece.")
+      .def(
+          "copy_packed",
+          [](const kt::ExpertLayer& layer, size_t expert, uintptr_t target) {
+            const py::gil_scoped_release release;
+            layer.CopyPacked(expert, Pointer<uint8_t>(target));
+          },
+          py::arg("expert"), py::arg("target"))
       .def(
           "submit",
           [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,

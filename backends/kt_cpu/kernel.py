@@ -15,6 +15,8 @@ from kt_core.interfaces import (
     Ticket,
 )
 from kt_core.interfaces.checks import check_grad_out, check_lora
+from kt_core.packed import ExpertLayout
+from kt_core.packed.codec import check_packed
 from kt_core.types import ActivationPrecision, Format, MoeSpec
 from kt_cpu import _kernels
 from kt_cpu.sources import (
@@ -158,6 +160,7 @@ class CpuExpertKernel(ExpertKernel):
     """See ``ExpertKernel``; the precision ``auto`` follows the type of the hidden states."""
 
     trains = True
+    moves_packed = True
 
     def __init__(
         self,
@@ -219,10 +222,25 @@ class CpuExpertKernel(ExpertKernel):
         experts = range(self.spec.num_experts)
         return frozenset(e for e in experts if self._layer.is_resident(e))
 
-    def packed_bytes(self, expert: int) -> bytes:
-        """Return a copy of the packed expert, laid out as csrc/format/layout.hpp draws it."""
+    def packed(self, expert: int) -> torch.Tensor:
+        """See ``ExpertKernel.packed``. A view where there is one NUMA node."""
         self._check_expert(expert)
-        return self._layer.packed_bytes(expert)
+        if not self._layer.is_resident(expert):
+            msg = f"expert {expert} is not resident"
+            raise ValueError(msg)
+        view = self._layer.packed(expert)
+        if view is not None:
+            return torch.frombuffer(view, dtype=torch.uint8)
+        packed = torch.empty(self.bytes_per_expert, dtype=torch.uint8)
+        self._layer.copy_packed(expert, packed.data_ptr())
+        return packed
+
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        """See ``ExpertKernel.load_packed``. Releases the GIL while it copies."""
+        self._check_expert(expert)
+        check_on_cpu("packed", packed)
+        check_packed(packed, ExpertLayout.of(self.spec, self.weight_format))
+        self._layer.load_packed(expert, packed.data_ptr())
 
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor

@@ -93,10 +93,18 @@ void ExpertLayer::Unload(size_t expert) {
   for (LayerPart& part : parts_) part.memory.Release(expert);
 }
 
-std::vector<uint8_t> ExpertLayer::Bytes(size_t expert) const {
-  std::vector<uint8_t> bytes(layout_.bytes);
-  JoinParts(parts_, layout_, expert, bytes.data());
-  return bytes;
+void ExpertLayer::LoadPacked(size_t expert, const uint8_t* packed) {
+  resident_[expert].store(false, std::memory_order_release);
+  CutIntoParts(parts_, layout_, packed, expert);
+  resident_[expert].store(true, std::memory_order_release);
+}
+
+const uint8_t* ExpertLayer::Packed(size_t expert) const {
+  return parts_.size() == 1 ? parts_.front().At(expert) : nullptr;
+}
+
+void ExpertLayer::CopyPacked(size_t expert, uint8_t* target) const {
+  JoinParts(parts_, layout_, expert, target);
 }
 
 void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const {

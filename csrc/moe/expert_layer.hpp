@@ -114,8 +114,13 @@ class ExpertLayer {
   const char* Load(size_t expert, const ExpertSource& source);
   void Unload(size_t expert);
   bool IsResident(size_t expert) const { return resident_[expert].load(std::memory_order_acquire); }
-  // The packed bytes, the same on any number of nodes: for tests and for moving an expert.
-  std::vector<uint8_t> Bytes(size_t expert) const;
+
+  // Packed bytes, layout().bytes of them, as format/layout.hpp draws them: the same on any number
+  // of nodes. An expert is loaded with those of another layer.
+  void LoadPacked(size_t expert, const uint8_t* packed);
+  // Where they lie in one piece; null where nodes have parts of them.
+  const uint8_t* Packed(size_t expert) const;
+  void CopyPacked(size_t expert, uint8_t* target) const;
 
   // Throws std::invalid_argument: an id is out of range, or an expert is not resident.
   std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args);

@@ -69,23 +69,41 @@ SourceMatrix RowsFrom(const SourceMatrix& source, const MatrixLayout& layout, si
   return from;
 }
 
+namespace {
+
+// Calls copy(bytes before it in the whole expert, bytes before it in the part, size) for each run
+// of bytes that is one in both.
+template <class Copy>
+void ForEachRun(const LayerPart& part, const ExpertLayout& whole, const Copy& copy) {
+  const ExpertLayout& e = part.layout;
+  copy(whole.GatePanel(part.first_up), 0, e.down_offset);
+  copy(whole.DownPanel(part.first_down), e.down_offset, e.bias_offset - e.down_offset);
+  if (!whole.has_bias) return;
+  const auto bias = [&](size_t of_whole, size_t of_part, size_t first, const MatrixLayout& m) {
+    copy(of_whole + first * kPanel * 4, of_part, m.panels * kPanel * 4);
+  };
+  if (whole.has_gate) bias(whole.GateBias(), e.GateBias(), part.first_up, e.up);
+  bias(whole.UpBias(), e.UpBias(), part.first_up, e.up);
+  bias(whole.DownBias(), e.DownBias(), part.first_down, e.down);
+}
+
+}  // namespace
+
 void JoinParts(const std::vector<LayerPart>& parts, const ExpertLayout& whole, size_t expert,
                uint8_t* target) {
   if (whole.has_bias) std::memset(target + whole.bias_offset, 0, whole.bytes - whole.bias_offset);
-  for (const LayerPart& part : parts) {
-    const ExpertLayout& e = part.layout;
-    const uint8_t* from = part.At(expert);
-    std::memcpy(target + whole.GatePanel(part.first_up), from, e.down_offset);
-    std::memcpy(target + whole.DownPanel(part.first_down), from + e.down_offset,
-                e.bias_offset - e.down_offset);
-    if (!whole.has_bias) continue;
-    const auto copy = [&](size_t to, size_t offset, size_t first, const MatrixLayout& m) {
-      std::memcpy(target + to + first * kPanel * 4, from + offset, m.panels * kPanel * 4);
-    };
-    if (whole.has_gate) copy(whole.GateBias(), e.GateBias(), part.first_up, e.up);
-    copy(whole.UpBias(), e.UpBias(), part.first_up, e.up);
-    copy(whole.DownBias(), e.DownBias(), part.first_down, e.down);
-  }
+  for (const LayerPart& part : parts)
+    ForEachRun(part, whole, [&](size_t of_whole, size_t of_part, size_t bytes) {
+      std::memcpy(target + of_whole, part.At(expert) + of_part, bytes);
+    });
+}
+
+void CutIntoParts(const std::vector<LayerPart>& parts, const ExpertLayout& whole,
+                  const uint8_t* source, size_t expert) {
+  for (const LayerPart& part : parts)
+    ForEachRun(part, whole, [&](size_t of_whole, size_t of_part, size_t bytes) {
+      std::memcpy(part.memory.At(expert) + of_part, source + of_whole, bytes);
+    });
 }
 
 }  // namespace kt

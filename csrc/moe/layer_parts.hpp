@@ -37,4 +37,8 @@ SourceMatrix RowsFrom(const SourceMatrix& source, const MatrixLayout& layout, si
 void JoinParts(const std::vector<LayerPart>& parts, const ExpertLayout& whole, size_t expert,
                uint8_t* target);
 
+// Such bytes cut up again.
+void CutIntoParts(const std::vector<LayerPart>& parts, const ExpertLayout& whole,
+                  const uint8_t* source, size_t expert);
+
 }  // namespace kt

@@ -12,6 +12,7 @@ from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing.backend_dense import BackendDense
 from kt_core.testing.backend_harness import SPEC, BackendHarness, precisions
 from kt_core.testing.backend_numbers import BackendNumbers
+from kt_core.testing.backend_packed import PackedRules
 from kt_core.testing.backend_rules import LoadingRules, SubmittingRules
 from kt_core.testing.backend_training import BackendTraining
 from kt_core.types import Element, Format, ScaleType
@@ -94,7 +95,13 @@ class BackendFacts(BackendHarness):
 
 
 class BackendContract(
-    BackendFacts, BackendNumbers, BackendTraining, LoadingRules, SubmittingRules, BackendDense
+    BackendFacts,
+    BackendNumbers,
+    BackendTraining,
+    LoadingRules,
+    PackedRules,
+    SubmittingRules,
+    BackendDense,
 ):
     """What every backend must do. Subclass it in a test file and name the backend::
 

@@ -35,6 +35,7 @@ from kt_core.interfaces.checks import (
     check_resident,
     check_weights,
 )
+from kt_core.packed import codec
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import backward_reference, reference
 from kt_core.testing.reference_linear import ReferenceLinear, linear_bytes, named_precision
@@ -63,9 +64,10 @@ class FinishedTicket(Ticket):
 
 
 class ReferenceKernel(ExpertKernel):
-    """Keeps the dequantised weights; computes ``reference.forward``."""
+    """Keeps the dequantised weights and the packed ones; computes ``reference.forward``."""
 
     trains = True
+    moves_packed = True
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class ReferenceKernel(ExpertKernel):
         self._format = weight_format
         self._precision = precision
         self._experts: dict[int, dict[str, torch.Tensor]] = {}
+        self._packed: dict[int, torch.Tensor] = {}
 
     @property
     def bytes_per_expert(self) -> int:
@@ -90,12 +93,36 @@ class ReferenceKernel(ExpertKernel):
         check_expert(self.spec, expert)
         check_weights(self.spec, self.weight_format, weights)
         check_finite(weights)
-        loaded = reference.layer(self.spec, self._format, {expert: weights})
+        quantized = self._quantized(weights)
+        self._packed[expert] = codec.pack(quantized, self.spec, self.weight_format)
+        loaded = reference.layer(self.spec, self._format, {expert: quantized})
         self._experts[expert] = loaded.experts[expert]  # one step: other threads load others
+
+    def packed(self, expert: int) -> torch.Tensor:
+        """See ``ExpertKernel.packed``."""
+        check_expert(self.spec, expert)
+        if expert not in self._experts:
+            msg = f"expert {expert} is not resident"
+            raise ValueError(msg)
+        return self._packed[expert]
+
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        """See ``ExpertKernel.load_packed``."""
+        check_expert(self.spec, expert)
+        self.load(expert, codec.unpack(packed, self.spec, self.weight_format))
+
+    def _quantized(self, weights: ExpertWeights) -> ExpertWeights:
+        dense: dict[str, Any] = {
+            name: self._format.quantize(matrix)
+            for name in ("gate", "up", "down")
+            if isinstance(matrix := getattr(weights, name), torch.Tensor)
+        }
+        return replace(weights, **dense)
 
     def unload(self, expert: int) -> None:
         """See ``ExpertKernel.unload``."""
         self._experts.pop(expert, None)
+        self._packed.pop(expert, None)
 
     def resident(self) -> frozenset[int]:
         """See ``ExpertKernel.resident``."""
@@ -177,6 +204,8 @@ class ExactKernel(ReferenceKernel):
 
     Narrower than the interface (float64 alone), for comparing modules in float64.
     """
+
+    moves_packed = False
 
     def __init__(self, spec: MoeSpec) -> None:
         """Take the layer's shape."""

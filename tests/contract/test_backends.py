@@ -189,6 +189,37 @@ class KeepsTheTensors(ReferenceKernel):
         return super().submit(hidden, expert_ids, weights)
 
 
+class SaysItMovesNothing(ReferenceKernel):
+    """And does all the same."""
+
+    moves_packed = False
+
+
+class PacksOutputsInAnotherOrder(ReferenceKernel):
+    def packed(self, expert: int) -> torch.Tensor:
+        return super().packed(expert).flip(0)
+
+
+class KeepsThePackedBytes(ReferenceKernel):
+    def packed(self, expert: int) -> torch.Tensor:
+        return self._packed[expert]
+
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        super().load_packed(expert, packed)
+        self._packed[expert] = packed
+
+
+class LoadsPackedOnce(ReferenceKernel):
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        if expert not in self.resident():
+            super().load_packed(expert, packed)
+
+
+class LoadsAnyBytes(ReferenceKernel):
+    def load_packed(self, expert: int, packed: torch.Tensor) -> None:
+        self._packed[expert] = packed
+
+
 class ChecksNothing(ReferenceKernel):
     def submit(self, hidden: Any, expert_ids: Any, weights: Any) -> Ticket:
         return FinishedTicket(torch.zeros_like(hidden))
@@ -438,6 +469,11 @@ CASES = [
     Case("test_load_refuses_other_formats", LoadsAnything, INT8),
     Case("test_loads_from_several_threads", SharesScratchBetweenThreads, INT8),
     Case("test_load_neither_keeps_nor_changes_the_tensors", KeepsTheTensors, INT8),
+    Case("test_packed_bytes", PacksOutputsInAnotherOrder, INT8),
+    Case("test_packed_bytes", SaysItMovesNothing, INT8),
+    Case("test_load_packed", KeepsThePackedBytes, INT8),
+    Case("test_load_packed", LoadsPackedOnce, INT8),
+    Case("test_load_packed_refuses_what_does_not_fit", LoadsAnyBytes, INT8),
     Case("test_submit_refuses_what_does_not_fit", ChecksNothing),
     Case("test_submit_does_not_change_its_arguments", ScalesHiddenStatesInPlace),
     Case("test_several_tickets_at_once", ReusesItsOutput),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from kt_core.interfaces import WeightFormat
+from kt_core.interfaces import ExpertKernel, WeightFormat
 from kt_core.types import ActivationPrecision, Capabilities, DeviceInfo, Element
 from kt_cpu import _kernels
 from kt_cpu.backend import CpuDevice
@@ -43,3 +43,8 @@ def precisions(weight_format: WeightFormat) -> list[ActivationPrecision]:
     is_integer = weight_format.descriptor.element.is_integer
     fast = [ActivationPrecision.INT8] if is_integer else []
     return [*fast, ActivationPrecision.BF16, ActivationPrecision.FLOAT32]
+
+
+def packed_bytes(kernel: ExpertKernel, expert: int) -> bytes:
+    """A copy of the packed expert."""
+    return kernel.packed(expert).numpy().tobytes()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.devices import ISAS, device_for, precisions
+from kernels.devices import ISAS, device_for, packed_bytes, precisions
 from kt_core.interfaces import ExpertWeights, QuantizedTensor, WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import ACTIVATIONS, backward_reference, reference
@@ -265,4 +265,4 @@ def test_transposed_and_interleaved_weights_are_views(device: CpuDevice) -> None
         kernel = device.expert_kernel(spec, FORMATS[name].descriptor)
         kernel.load(0, plain)
         kernel.load(1, strided)
-        assert kernel.packed_bytes(0) == kernel.packed_bytes(1)
+        assert packed_bytes(kernel, 0) == packed_bytes(kernel, 1)

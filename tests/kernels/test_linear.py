@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kernels.devices import ISAS, device_for, precisions
+from kernels.devices import ISAS, device_for, packed_bytes, precisions
 from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
@@ -180,7 +180,7 @@ def test_the_packed_matrix_is_that_of_an_expert(device: CpuDevice) -> None:
         expert = device.expert_kernel(spec, FORMATS[name].descriptor)
         expert.load(0, ExpertWeights(up=torch.zeros(40, 24), down=weight))
         kernel, _ = loaded(device, LinearSpec(in_features=40, out_features=24), FORMATS[name])
-        assert expert.packed_bytes(0).endswith(kernel.packed_bytes())
+        assert packed_bytes(expert, 0).endswith(kernel.packed_bytes())
 
 
 def test_gradients_are_not_computed_silently(device: CpuDevice) -> None:

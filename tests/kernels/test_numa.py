@@ -18,7 +18,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.devices import ISAS, device_for
+from kernels.devices import ISAS, device_for, packed_bytes
 from kt_core.interfaces import WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import ACTIVATIONS, backward_reference, reference
@@ -171,7 +171,23 @@ def test_packed_bytes_do_not_know_of_nodes(
     want, got = (loaded(d, weight_format, spec, quantized=quantized) for d in (alone, split))
     assert got.bytes_per_expert == want.bytes_per_expert
     for expert in range(spec.num_experts):
-        assert got.packed_bytes(expert) == want.packed_bytes(expert)
+        assert packed_bytes(got, expert) == packed_bytes(want, expert)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("activation", [Activation(kind=ActivationKind.SILU), UNGATED], ids=repr)
+def test_packed_bytes_are_cut_into_parts_again(
+    alone: CpuDevice, split: CpuDevice, weight_format: WeightFormat, activation: Activation
+) -> None:
+    spec = replace(SPEC, activation=activation, has_bias=True)
+    given = loaded(alone, weight_format, spec)
+    kernels = [d.expert_kernel(spec, weight_format.descriptor) for d in (alone, split)]
+    for expert in range(spec.num_experts):
+        for kernel in kernels:
+            kernel.load_packed(expert, given.packed(expert))
+            assert packed_bytes(kernel, expert) == packed_bytes(given, expert)
+    want, got = (kernel.submit(*arguments(spec, 5)).wait() for kernel in kernels)
+    assert torch.equal(got, want)
 
 
 def test_transposed_weights_are_split_by_outputs_too(alone: CpuDevice, split: CpuDevice) -> None:
@@ -183,7 +199,7 @@ def test_transposed_weights_are_split_by_outputs_too(alone: CpuDevice, split: Cp
     want, got = (d.expert_kernel(SPEC, FORMATS["int4-g32"].descriptor) for d in (alone, split))
     want.load(0, weights)
     got.load(0, strided)
-    assert got.packed_bytes(0) == want.packed_bytes(0)
+    assert packed_bytes(got, 0) == packed_bytes(want, 0)
 
 
 @pytest.mark.parametrize("name", ["gate", "up", "down"])

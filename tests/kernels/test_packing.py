@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kernels.devices import ISAS, device_for
+from kernels.devices import ISAS, device_for, packed_bytes
 from kt_core.interfaces import ExpertWeights, QuantizedTensor
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.quant.reference import dequantize, quantize
@@ -257,7 +257,7 @@ def expect_same_bits(name: str, got: NDArray[np.float32], want: torch.Tensor) ->
 
 def expect_expert(kernel: CpuExpertKernel, expert: int, weights: ExpertWeights) -> None:
     spec, weight_format = kernel.spec, kernel.weight_format
-    matrices, biases = decode(kernel.packed_bytes(expert), spec, weight_format)
+    matrices, biases = decode(packed_bytes(kernel, expert), spec, weight_format)
     for name, matrix in matrices.items():
         tensor = getattr(weights, name)
         expect_matrix(name, matrix, quantize(tensor, weight_format))
@@ -439,7 +439,7 @@ def test_quantised_tensors_give_the_same_bytes(
     spec = MoeSpec(num_experts=2, hidden_size=hidden, intermediate_size=inner)
     dense = random_weights(spec)
     kernel = loaded(device, spec, weight_format, dense, quantized(dense, weight_format))
-    assert kernel.packed_bytes(0) == kernel.packed_bytes(1)
+    assert packed_bytes(kernel, 0) == packed_bytes(kernel, 1)
     expect_expert(kernel, 1, dense)
 
 
@@ -464,7 +464,7 @@ def test_quantised_tensors_may_be_strided_views(form: str) -> None:
         views[name] = replace(parts, **strided)
     with open_device("scalar") as device:
         kernel = loaded(device, spec, weight_format, dense, ExpertWeights(**views))
-    assert kernel.packed_bytes(0) == kernel.packed_bytes(1)
+    assert packed_bytes(kernel, 0) == packed_bytes(kernel, 1)
 
 
 def test_loading_again_replaces_the_expert(device: CpuDevice) -> None:
@@ -525,7 +525,8 @@ def test_bytes_per_expert_by_hand(name: str, size: int) -> None:
         with_bias = replace(gated, has_bias=True)
         assert device.expert_bytes(with_bias, FORMATS[name]) == size + 4 * (48 + 48 + 96)
         kernel = device.expert_kernel(with_bias, FORMATS[name])
-        assert kernel.bytes_per_expert == len(kernel.packed_bytes(0)) == size + 768
+        kernel.load(0, random_weights(with_bias))
+        assert kernel.bytes_per_expert == len(packed_bytes(kernel, 0)) == size + 768
 
 
 # ---------------------------------------------------------------- what is refused

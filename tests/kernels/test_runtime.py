@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.devices import device_for
+from kernels.devices import device_for, packed_bytes
 from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import ExpertWeights, Ticket
 from kt_core.quant import BUILT_IN_FORMATS
@@ -299,7 +299,7 @@ def test_several_threads_load_while_others_compute() -> None:
         run_in_threads([lambda: load(1), lambda: load(2), lambda: load(3), compute])
         assert kernel.resident() == frozenset(range(40))
         for expert in range(40):
-            assert kernel.packed_bytes(expert) == alone.packed_bytes(expert)
+            assert packed_bytes(kernel, expert) == packed_bytes(alone, expert)
 
 
 def test_two_devices_in_one_process() -> None:
@@ -429,7 +429,7 @@ def test_memory_is_taken_by_loading_and_given_back_by_unloading() -> None:
         assert full - (anonymous_bytes() - start) > 4 * size - slack
 
         kernel.load(1, good)
-        assert kernel.packed_bytes(1) == kernel.packed_bytes(3)
+        assert packed_bytes(kernel, 1) == packed_bytes(kernel, 3)
         del kernel  # five experts; malloc may keep the copies that were just compared
         assert anonymous_bytes() - start < 2 * size + slack
 
@@ -438,13 +438,13 @@ def test_unloading_leaves_the_neighbours_alone() -> None:
     """Experts of some hundred bytes share pages."""
     with open_device(threads=1) as device:
         kernel = loaded(device, "int4-g32")
-        before = {expert: kernel.packed_bytes(expert) for expert in range(6)}
+        before = {expert: packed_bytes(kernel, expert) for expert in range(6)}
         for expert in (0, 2, 5):
             kernel.unload(expert)
         for expert in (1, 3, 4):
-            assert kernel.packed_bytes(expert) == before[expert]
+            assert packed_bytes(kernel, expert) == before[expert]
         kernel.load(2, random_weights(SPEC, 2))
-        assert kernel.packed_bytes(2) == before[2]
+        assert packed_bytes(kernel, 2) == before[2]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -583,7 +583,7 @@ def test_expert_out_of_range(kernel: CpuExpertKernel, expert: int) -> None:
     attempts: list[Callable[[], Any]] = [
         lambda: kernel.load(expert, random_weights(SPEC, 0)),
         lambda: kernel.unload(expert),
-        lambda: kernel.packed_bytes(expert),
+        lambda: packed_bytes(kernel, expert),
     ]
     for attempt in attempts:
         with pytest.raises(ValueError, match=rf"expert must be in 0\.\.5, got {expert}"):
