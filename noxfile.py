@@ -20,8 +20,8 @@ nox.options.default_venv_backend = "virtualenv"  # uv makes environments without
 
 CONSTRAINTS = ("-c", "constraints/cpu.txt", "-c", "constraints/tools.txt")
 BUILD = Path("build/nox")
-PACKAGES = ("kt_core", "kt_cpu", "kt_demo", "kt_models")
-QUICK = ("-m", "not slow and not network")
+PACKAGES = ("kt_core", "kt_cpu", "kt_demo", "kt_models", "kt_sim")
+QUICK = ("-m", "not slow and not network and not sim")
 # A sanitizer's own memory is no measure of ours.
 ASAN_TESTS = ("-k", "not memory", "tests/kernels", "tests/unit/test_hardware_cpuid.py")
 # Else `python -c` in a test would import the source tree, which has no compiled extensions.
@@ -133,7 +133,7 @@ def format_files(session: nox.Session) -> None:
 
 def cpp_files() -> list[str]:
     """Return every C++ file."""
-    folders = (Path("csrc"), Path("tests/isa"))
+    folders = (Path("csrc"), Path("backends"), Path("tests/isa"))
     return sorted(str(path) for folder in folders for path in folder.rglob("*.?pp"))
 
 
@@ -206,6 +206,18 @@ def asan(session: nox.Session) -> None:
     # --capture=sys: a sanitizer writes its report and ends the process.
     pytest = (program(session, "pytest"), "-q", "--capture=sys")
     session.run(*pytest, *(session.posargs or ASAN_TESTS), env=environment)
+
+
+@needs_env
+def sim(session: nox.Session) -> None:
+    """Compile the simulated device and run what needs it: docs/simulated-device.md."""
+    python = program(session, "python")
+    session.run(python, "-m", "pip", "install", "--quiet", *CONSTRAINTS, "ninja")
+    # torch looks for ninja in the path.
+    path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
+    session.run(python, "-m", "kt_sim.build", env={**TEST_ENV, "PATH": path})
+    pytest = (program(session, "pytest"), "-q", "-m", "sim")
+    session.run(*pytest, *(session.posargs or ["tests/sim"]), env=TEST_ENV)
 
 
 @needs_env
