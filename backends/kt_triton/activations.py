@@ -66,7 +66,7 @@ def _plain(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION.kind == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
     elif ACTIVATION.kind == "gelu_tanh":  # (1 + tanh(z)) / 2 = sigmoid(2 z)
-        return x * tl.sigmoid(_TWICE_SQRT_2_PI * (x + 0.044715 * x * x * x))
+        return x * tl.sigmoid((x + 0.044715 * x * x * x) * _TWICE_SQRT_2_PI)
     elif ACTIVATION.kind == "relu":
         return tl.maximum(x, 0.0, propagate_nan=_ALL)
     else:

@@ -38,4 +38,6 @@ def combine(expert_outputs, expert_ids, weights, table, out,
             weight = tl.load(weights + pair).to(tl.float32)
             row = expert_outputs + pair.to(tl.int64) * WIDTH
             sums += weight * tl.load(row + outputs, mask=inside, other=0.0)
-    tl.store(out + token.to(tl.int64) * WIDTH + outputs, to_type(sums, out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + token.to(tl.int64) * WIDTH + outputs, to_type(sums, out.dtype.element_ty), mask=inside
+    )

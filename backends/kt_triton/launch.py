@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kt_core.packed.layout import PANEL
 from kt_core.types import ActivationPrecision
 from kt_triton.combine import combine
 from kt_triton.few_tokens import down_few, gate_up_few
 from kt_triton.layer import Layer, matrix_tile, streaming_tile
 from kt_triton.many_tokens import down_many, gate_up_many
-from kt_triton.matrix import PANEL
 from kt_triton.plan import plan_blocks
 from kt_triton.tiles import INTERPRETED
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kt_core.types import ActivationPrecision, Format, MoeSpec
-from kt_triton.matrix import COLUMN_PAD, ROW_BYTES, Matrix
+from kt_core.packed import ExpertLayout
+from kt_core.packed.layout import COLUMN_PAD
+from kt_core.types import Format, MoeSpec
+from kt_triton.matrix import Matrix
 
 
 class Tile(NamedTuple):
@@ -33,7 +35,6 @@ class Layer:
         gate_bias: First byte of the bias, from the expert's first; -1 where there is none.
         up_bias: As ``gate_bias``.
         down_bias: As ``gate_bias``.
-        expert_bytes: Of one packed expert.
     """
 
     spec: MoeSpec
@@ -43,7 +44,22 @@ class Layer:
     gate_bias: int
     up_bias: int
     down_bias: int
-    expert_bytes: int
+
+    @classmethod
+    def of(cls, spec: MoeSpec, weight_format: Format) -> Layer:
+        """Describe the packed experts of a layer."""
+        expert = ExpertLayout.of(spec, weight_format)
+        has_gate_bias = expert.has_gate and expert.has_bias
+        after_gate = expert.up.panel_bytes if expert.has_gate else 0
+        return cls(
+            spec=spec,
+            gate=Matrix.of(expert.up, 0, expert.up_stride) if expert.has_gate else None,
+            up=Matrix.of(expert.up, after_gate, expert.up_stride),
+            down=Matrix.of(expert.down, expert.down_offset, expert.down.panel_bytes),
+            gate_bias=expert.gate_bias_at if has_gate_bias else -1,
+            up_bias=expert.up_bias_at if expert.has_bias else -1,
+            down_bias=expert.down_bias_at if expert.has_bias else -1,
+        )
 
 
 def streaming_tile(matrix: Matrix, rows: int = 64) -> Tile:

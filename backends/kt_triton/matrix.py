@@ -1,27 +1,22 @@
-"""What a Triton kernel must know about one packed matrix: constants that it is compiled with.
-
-The layout itself is drawn in csrc/format/layout.hpp. Everything here is in bytes or inputs, worked
-out on the host, so that kernels do nothing but multiply and add.
-"""
+"""What a Triton kernel must know about one packed matrix: constants that it is compiled with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-PANEL = 16
-"""Outputs of one panel."""
-ROW_BYTES = 64
-"""One row of a panel: a word of four bytes for each of its outputs."""
-COLUMN_PAD = 64
-"""Inputs are padded to a multiple of this."""
+from kt_core.packed import MatrixLayout
+
+_VALUES_PER_WORD = {"bf16": 2, "int8": 4, "fp8": 4, "int4": 8, "fp4": 8}
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix ``[outputs, inputs]`` of a packed expert. Hashed and printed: Triton's cache key.
+    """One matrix ``[outputs, inputs]`` of a packed expert: a ``MatrixLayout`` and its place.
+
+    Plain words and numbers, because Triton makes keys of its cache from how they are printed.
 
     Attributes:
-        element: An ``Element``, as a plain word: Triton writes it into the names of its cache.
+        element: An ``Element``.
         scale: A ``ScaleType``, or ``none``.
         offset: ``none``, ``zero_point`` or ``minimum``.
         outputs: Rows, padding not counted.
@@ -58,10 +53,35 @@ class Matrix:
     start: int
     stride: int
 
+    @classmethod
+    def of(cls, layout: MatrixLayout, start: int, stride: int) -> Matrix:
+        """Describe the matrix whose panels stand ``stride`` bytes apart, from ``start`` on."""
+        stored = layout.weight_format
+        offset = "zero_point" if stored.has_zero_point else "none"
+        return cls(
+            element=stored.element.value,
+            scale="none" if stored.scale is None else stored.scale.value,
+            offset="minimum" if stored.has_minimum else offset,
+            outputs=layout.rows,
+            inputs=layout.cols,
+            panels=layout.panels,
+            padded_inputs=layout.padded_cols,
+            is_grouped=stored.group_size is not None,
+            group=layout.group_cols,
+            block_groups=layout.block_groups,
+            front=layout.front_bytes,
+            header=layout.header_bytes,
+            scale_bytes=layout.scale_bytes,
+            offset_bytes=layout.offset_bytes,
+            group_bytes=layout.group_bytes,
+            start=start,
+            stride=stride,
+        )
+
     @property
     def values_per_word(self) -> int:
         """Inputs in the four bytes of one output."""
-        return {"bf16": 2, "int8": 4, "fp8": 4, "int4": 8, "fp4": 8}[self.element]
+        return _VALUES_PER_WORD[self.element]
 
     @property
     def block_bytes(self) -> int:

@@ -85,7 +85,7 @@ def decode(words, value, zero, MATRIX: tl.constexpr):
         if MATRIX.offset == "none":
             return code - (_MAGIC + 8.0)
         elif MATRIX.offset == "zero_point":
-            return code - (_MAGIC + zero)
+            return code - (zero + _MAGIC)
         else:
             return code - _MAGIC
 

@@ -1,0 +1,11 @@
+"""What backends share whose devices are torch's: for those that write one, ours or not.
+
+``TorchBackend`` lists devices and opens them; ``PackedExpertKernel`` holds packed experts on one and
+leaves only the computation to be written. Neither knows a vendor.
+"""
+
+from __future__ import annotations
+
+from kt_core.accelerator.torch_backend import TorchBackend, TorchExpertDevice
+
+__all__ = ["TorchBackend", "TorchExpertDevice"]
