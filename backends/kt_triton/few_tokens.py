@@ -20,6 +20,7 @@ from kt_triton.tiles import (
     load_words,
     load_zeros,
     scale_outputs,
+    tile_groups,
     to_type,
 )
 
@@ -43,9 +44,7 @@ def _dot(x, address, outputs, MATRIX: tl.constexpr, STEP_GROUPS: tl.constexpr,
     row = tl.arange(0, STEP_GROUPS)[:, None] * GROUP_ROWS + tl.arange(0, GROUP_ROWS)[None, :]
     for step in range(tl.cdiv(MATRIX.padded_inputs, step_inputs)):
         words = load_words(address, outputs, step, STEP_GROUPS, GROUP_ROWS, MATRIX)
-        group = tl.arange(0, STEP_GROUPS)
-        if MATRIX.is_grouped:
-            group += step * STEP_GROUPS
+        group = tile_groups(step, STEP_GROUPS, GROUP_ROWS, MATRIX)
         zero = load_zeros(address, outputs, group, MATRIX)[:, :, None]
         products = tl.zeros_like(sums)
         inputs = tl.zeros([STEP_GROUPS, GROUP_ROWS], tl.float32)

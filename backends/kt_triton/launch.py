@@ -128,7 +128,10 @@ class Blocking(NamedTuple):
 
 
 def blocking(pairs: int, num_experts: int) -> Blocking:
-    """Choose by how many pairs an expert has on average. Not measured: docs/decisions/0014."""
+    """Choose by how many pairs an expert has on average.
+
+    With 128 rows registers spill on RDNA; not measured otherwise: docs/decisions/0014.
+    """
     average = pairs / num_experts
     if INTERPRETED.value:
         return Blocking(16, 256, 4)
@@ -136,7 +139,7 @@ def blocking(pairs: int, num_experts: int) -> Blocking:
         return Blocking(16, 64, 4)
     if average <= 32:
         return Blocking(32, 64, 4)
-    return Blocking(64, 64, 4) if average <= 64 else Blocking(128, 64, 8)
+    return Blocking(64, 64, 8)
 
 
 def _many(layer: Layer, call: Call, inner: torch.Tensor, outputs: torch.Tensor) -> None:

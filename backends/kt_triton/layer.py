@@ -72,17 +72,16 @@ def streaming_tile(matrix: Matrix, rows: int = 64) -> Tile:
 
 
 def matrix_tile(matrix: Matrix) -> Tile:
-    """Return a tile for the matrix units: 64 inputs, or the group whose scale multiplies sums.
+    """Return a tile for the matrix units: 64 inputs, or a group of fewer that scales its sum.
 
     Inputs are padded to a multiple of it, and a unit multiplies at least 16 inputs at once, which
     is the smallest group.
     """
+    rows = COLUMN_PAD // matrix.values_per_word
     if not matrix.is_grouped:
-        return Tile(1, COLUMN_PAD // matrix.values_per_word)
-    group_rows = matrix.group // matrix.values_per_word
-    if matrix.scales_sums:
-        return Tile(1, group_rows)
-    return Tile(max(1, COLUMN_PAD // matrix.group), group_rows)
+        return Tile(1, rows)
+    group_rows = min(rows, matrix.group // matrix.values_per_word)
+    return Tile(1 if matrix.scales_sums else rows // group_rows, group_rows)
 
 
 def _power_of_two(number: int) -> int:

@@ -21,6 +21,7 @@ from kt_triton.tiles import (
     load_words,
     load_zeros,
     scale_outputs,
+    tile_groups,
     to_type,
 )
 
@@ -81,9 +82,7 @@ def _step(sums, x, address, outputs, step, MATRIX: tl.constexpr, PARTS: tl.const
           STEP_GROUPS: tl.constexpr, GROUP_ROWS: tl.constexpr):  # fmt: skip
     """Add the products of one tile of inputs, ``x[rows, inputs]``, to ``sums[rows, outputs]``."""
     values: tl.constexpr = MATRIX.values_per_word
-    group = tl.arange(0, STEP_GROUPS)
-    if MATRIX.is_grouped:
-        group += step * STEP_GROUPS
+    group = tile_groups(step, STEP_GROUPS, GROUP_ROWS, MATRIX)
     words = load_words(address, outputs, step, STEP_GROUPS, GROUP_ROWS, MATRIX)
     zero = load_zeros(address, outputs, group, MATRIX)[:, :, None]
     scale = zero

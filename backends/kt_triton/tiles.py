@@ -116,9 +116,30 @@ def _is_group(group, MATRIX: tl.constexpr):
 
 
 @triton.jit
-def load_words(address, outputs, step, STEP_GROUPS: tl.constexpr, GROUP_ROWS: tl.constexpr,
-               MATRIX: tl.constexpr):  # fmt: skip
+def tile_groups(
+    step, STEP_GROUPS: tl.constexpr, GROUP_ROWS: tl.constexpr, MATRIX: tl.constexpr
+):
+    """Return the groups of a step's tile, ``[STEP_GROUPS]``: see ``load_words``."""
+    group = tl.arange(0, STEP_GROUPS)
+    if MATRIX.is_grouped:
+        parts: tl.constexpr = MATRIX.group // MATRIX.values_per_word // GROUP_ROWS
+        return group + (step // parts) * STEP_GROUPS
+    else:
+        return group
+
+
+@triton.jit
+def load_words(
+    address,
+    outputs,
+    step,
+    STEP_GROUPS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
     """Return the words of one step over the inputs, ``[outputs, STEP_GROUPS, GROUP_ROWS]`` int32.
+
+    A tile is some whole groups or a part of one.
 
     Args:
         address: The expert's first byte, int64.
@@ -128,12 +149,14 @@ def load_words(address, outputs, step, STEP_GROUPS: tl.constexpr, GROUP_ROWS: tl
         GROUP_ROWS: Rows of a group that the tile has.
         MATRIX: The matrix.
     """
-    group = step * STEP_GROUPS + tl.arange(0, STEP_GROUPS)
+    group = tile_groups(step, STEP_GROUPS, GROUP_ROWS, MATRIX)
     row = tl.arange(0, GROUP_ROWS)
     at = _in_panel(group, 4, MATRIX.header, MATRIX.group_bytes, MATRIX)
     rows: tl.constexpr = MATRIX.padded_inputs // MATRIX.values_per_word
     inside = (outputs < MATRIX.panels * 16)[:, None, None]
     if MATRIX.is_grouped:
+        parts: tl.constexpr = MATRIX.group // MATRIX.values_per_word // GROUP_ROWS
+        at += step % parts * (GROUP_ROWS * 16)
         inside = inside & (_is_group(group, MATRIX)[None, :, None] & (row >= 0)[None, None, :])
     else:
         at += step * (GROUP_ROWS * 16)
