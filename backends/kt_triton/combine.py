@@ -1,4 +1,4 @@
-"""The weighted sum over a token's experts, in the order in which they stand: always the same bits."""
+"""The weighted sum over a token's experts, in the order in which they stand."""
 
 from __future__ import annotations
 

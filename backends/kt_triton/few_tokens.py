@@ -1,8 +1,8 @@
 """Few tokens: one program for each pair of token and expert and each run of outputs.
 
-Bound by memory. A program reads its outputs' panels from end to end, once; the inputs are split over
-its threads, and their sums are added at the end. Products and sums are float32: no matrix unit is
-faster than memory here.
+Bound by memory. A program reads its outputs' panels from end to end, once; the inputs are split
+over its threads, and their sums are added at the end. Products and sums are float32: no matrix unit
+is faster than memory here.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Matrix:
     def folds_scale(self) -> bool:
         """Whether ``code * scale`` of a group is a bfloat16, exactly.
 
-        So it is for powers of two, and for the four bits of an e4m3 times the two of an e2m1. Others
+        So it is for powers of two, and for an e4m3 of four bits times an e2m1 of two. Others
         multiply sums instead: a weight that is rounded to bfloat16 is another weight.
         """
         return self.scale in {"e8m0", "e4m3"}

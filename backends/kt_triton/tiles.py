@@ -116,9 +116,7 @@ def _is_group(group, MATRIX: tl.constexpr):
 
 
 @triton.jit
-def tile_groups(
-    step, STEP_GROUPS: tl.constexpr, GROUP_ROWS: tl.constexpr, MATRIX: tl.constexpr
-):
+def tile_groups(step, STEP_GROUPS: tl.constexpr, GROUP_ROWS: tl.constexpr, MATRIX: tl.constexpr):
     """Return the groups of a step's tile, ``[STEP_GROUPS]``: see ``load_words``."""
     group = tl.arange(0, STEP_GROUPS)
     if MATRIX.is_grouped:
@@ -257,7 +255,7 @@ def to_type(x, TYPE: tl.constexpr):
 
     To bfloat16 in integers, because the interpreter's own conversion cuts off.
     """
-    if TYPE == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         is_number = x == x  # noqa: PLR0124

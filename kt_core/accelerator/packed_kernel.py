@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,12 +37,39 @@ class StreamTicket(Ticket):
         return self._out
 
 
+def check_tensors(
+    spec: MoeSpec,
+    device: torch.device,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """Refuse arguments of ``submit`` that do not fit, or want a gradient. Reads no tensor.
+
+    Raises:
+        ValueError: A shape, a type or a device is wrong.
+        RuntimeError: A gradient is wanted, which no kernel here computes.
+    """
+    check_pairs(spec, hidden, expert_ids, weights)
+    for name, tensor in (("hidden", hidden), ("expert_ids", expert_ids), ("weights", weights)):
+        if tensor.device != device:
+            msg = f"{name} must be on {device}, got {tensor.device}"
+            raise ValueError(msg)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        msg = (
+            "submit computes no gradient: use torch.no_grad(), or a device whose capabilities "
+            "say that it trains"
+        )
+        raise RuntimeError(msg)
+
+
 class PackedExpertKernel(ExpertKernel):
     """Keeps each packed expert in a tensor of its own; a subclass computes with them.
 
-    Which experts are resident is said twice: to the host by a dictionary, to the device by ``table``,
-    ``[num_experts]`` int64, an address for each expert or 0. The table lies on the device and is
-    changed in the current stream, so that swaps need no wait, and a captured graph sees them.
+    Which experts are resident is said twice: to the host by a dictionary, to the device by
+    ``table``, ``[num_experts]`` int64, an address for each expert or 0. The table lies on the
+    device and is changed in the current stream, so that swaps need no wait, and a captured graph
+    sees them.
 
     Whoever loads or unloads in one stream and computes in another makes one wait for the other, as
     everywhere in torch.
@@ -103,7 +131,9 @@ class PackedExpertKernel(ExpertKernel):
         check_expert(self.spec, expert)
         check_weights(self.spec, self.weight_format, weights)
         check_finite(weights)
-        parts = {name: self._quantized(getattr(weights, name)) for name in _MATRICES}
+        parts: dict[str, Any] = {
+            name: self._quantized(getattr(weights, name)) for name in _MATRICES
+        }
         self._put(expert, pack(replace(weights, **parts), self.spec, self.weight_format))
 
     def _quantized(self, matrix: torch.Tensor | QuantizedTensor | None) -> QuantizedTensor | None:
@@ -161,17 +191,7 @@ class PackedExpertKernel(ExpertKernel):
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> Ticket:
         """See ``ExpertKernel.submit``."""
-        check_pairs(self.spec, hidden, expert_ids, weights)
-        for name, tensor in (("hidden", hidden), ("expert_ids", expert_ids), ("weights", weights)):
-            if tensor.device != self.device:
-                msg = f"{name} must be on {self.device}, got {tensor.device}"
-                raise ValueError(msg)
-        if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
-            msg = (
-                "submit computes no gradient: use torch.no_grad(), or a device whose capabilities "
-                "say that it trains"
-            )
-            raise RuntimeError(msg)
+        check_tensors(self.spec, self.device, hidden, expert_ids, weights)
         if self._is_host:  # nobody waits for anything
             check_resident(self.spec, self._packed, expert_ids)
         precision = self.precision_for(hidden.dtype)

@@ -53,7 +53,7 @@ class TorchBackend(Backend):
         """Make a kernel; format and precision have been checked."""
 
     def host_functions(self) -> HostFunctions | None:
-        """Return what calls host functions in stream order; None where the runtime has no such call.
+        """Return what calls host functions in stream order; None where there is no such call.
 
         Raises:
             DeviceError: It should have, and has not.
@@ -61,7 +61,7 @@ class TorchBackend(Backend):
         return None
 
     def why_not(self, device: DeviceInfo) -> str | None:
-        """Return why a device that is there cannot be used; None if it can. May start its runtime."""
+        """Return why a device that is there cannot be used, or None. May start its runtime."""
         del device
         return None
 
@@ -107,7 +107,7 @@ class TorchBackend(Backend):
 
 
 class TorchExpertDevice(ExpertDevice):
-    """A device in use by one engine. Streams and memory are torch's, so there is nothing to close."""
+    """A device in use by one engine. Streams and memory are torch's: there is nothing to close."""
 
     threads = 1
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from gpu.interpreted import InterpretedBackend
 
+from gpu.interpreted import InterpretedBackend
 from kt_core.testing import BackendContract
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import interpreted  # noqa: F401 - skips where there is no Triton
 
+from gpu import interpreted  # noqa: F401 - skips where there is no Triton
 from kt_core.quant import BUILT_IN_FORMATS
 
 PROGRAM = Path(__file__).with_name("cross_compile.py")
@@ -49,7 +49,9 @@ def check_calls(target: str, what: str, cache: Path) -> None:
     assert {f["kernel"] for f in found} == OF_FEW | OF_MANY
     for kernel in found:
         assert kernel["binary_bytes"] > 0
-        if target != "gfx1100":  # it holds both operands twice, and spills 2 registers for one format
+        if (
+            target != "gfx1100"
+        ):  # it holds both operands twice, and spills 2 registers for one format
             assert kernel["spilled_registers"] in {0, None}, f"{kernel} spills"
         is_product = kernel["kernel"].endswith("_many")
         assert (kernel["matrix_unit"] is not None) == is_product, kernel

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu.interpreted import InterpretedBackend
 
+from gpu.interpreted import InterpretedBackend
 from kt_core.interfaces import ExpertKernel, WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import ACTIVATIONS, reference

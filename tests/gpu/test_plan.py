@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import interpreted  # noqa: F401 - skips where there is no Triton
 
+from gpu import interpreted  # noqa: F401 - skips where there is no Triton
 from kt_triton.plan import plan_blocks
 
 EXPERTS, BLOCK = 7, 4

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu.test_numbers import BF16, FLOAT32, FORMATS, SMALL, both, loaded
 
+from gpu.test_numbers import BF16, FLOAT32, FORMATS, SMALL, both, loaded
 from kt_core.testing import reference
 from kt_core.testing.backend_harness import is_within, random_layer, random_pairs, worst_of
 from kt_triton import launch
