@@ -218,7 +218,7 @@ def sim(session: nox.Session) -> None:
     session.run(python, "-m", "pip", "install", "--quiet", *CONSTRAINTS, "ninja")
     # torch looks for ninja in the path.
     path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
-    session.run(python, "-m", "kt_sim.build", env={**TEST_ENV, "PATH": path})
+    session.run(python, "-m", "kt_sim", env={**TEST_ENV, "PATH": path})
     pytest = (program(session, "pytest"), "-q", "-m", "sim")
     session.run(*pytest, *(session.posargs or ["tests/sim"]), env=TEST_ENV)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SYMBOL = "kt_sim_launch_host_function"
 
 _CODES = {1: "there is no such stream", 2: "the device is lost", 3: "the refusal was injected"}
+_DECODED_BYTES = 1 << 30
 _PRECISIONS = (ActivationPrecision.BF16, ActivationPrecision.FLOAT32)
 
 
@@ -94,9 +95,12 @@ class SimDevice(ExpertDevice):
 
     def __init__(self, info: DeviceInfo, capabilities: Capabilities) -> None:
         """Take what the backend says."""
+        from kt_sim.decoded import DecodedExperts
+
         self.info = info
         self.capabilities = capabilities
         self.host_functions: HostFunctions | None = host_functions()
+        self._decoded = DecodedExperts(_DECODED_BYTES)
         self._is_closed = False
 
     def expert_bytes(self, spec: MoeSpec, weight_format: Format) -> int:
@@ -124,7 +128,8 @@ class SimDevice(ExpertDevice):
             raise UnsupportedFormatError(msg)
         from kt_sim.kernel import SimExpertKernel
 
-        return SimExpertKernel(self.info.torch_device, spec, weight_format, precision)
+        where, decoded = self.info.torch_device, self._decoded
+        return SimExpertKernel(where, spec, weight_format, precision, decoded)
 
     def close(self) -> None:
         """Make no more kernels. Streams and memory are the process's, and stay."""

@@ -1,4 +1,4 @@
-"""Compiles the device, on demand: ``python -m kt_sim.build``. Needs torch's headers and a compiler.
+"""Compiles the device, on demand: ``python -m kt_sim``. Needs torch's headers and a compiler.
 
 It is not part of the wheel, which would then be tied to one version of torch. What is compiled lies
 below ``$XDG_CACHE_HOME/kt/sim``, in a folder named after everything it was made from.
@@ -9,25 +9,24 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kt_core.errors import BackendUnavailableError
 from kt_core.paths import cache_dir
 
-_log = logging.getLogger(__name__)
-
 NAME = "kt_sim_device"
-COMMAND = "python -m kt_sim.build"
+COMMAND = "python -m kt_sim"
 _SOURCES = Path(__file__).parent / "csrc"
+_STEP = re.compile(r"\[(\d+)/(\d+)\]")
 _FLAGS = ("-O1", "-fvisibility=hidden")
 # The first with all that is used: graphs, and native handles of streams, of any device type.
 _OLDEST_TORCH = (2, 13)
@@ -76,10 +75,13 @@ def why_not_buildable() -> str | None:
     return None
 
 
-def build() -> Path:
+def build(on_progress: Callable[[int, int], None] | None = None) -> Path:
     """Compile the device unless it is there already; returns its path.
 
     Several processes may ask at once: the others wait for the first.
+
+    Args:
+        on_progress: Called with how many files are compiled, of how many.
 
     Raises:
         BackendUnavailableError: Something is missing, or the compiler failed.
@@ -95,16 +97,15 @@ def build() -> Path:
         if target.is_file():
             return target
         with tempfile.TemporaryDirectory(dir=target.parent.parent) as folder:
-            _compile(Path(folder))
+            _compile(Path(folder), on_progress)
             target.parent.mkdir(exist_ok=True)
             (Path(folder) / target.name).replace(target)
     return target
 
 
-def _compile(folder: Path) -> None:
-    """Run torch's builder in a process of its own: it imports what it has built."""
+def _compile(folder: Path, on_progress: Callable[[int, int], None] | None) -> None:
+    """Run torch's builder in a process of its own: it prints, and changes what it is run in."""
     sources = sorted(str(path) for path in _SOURCES.glob("*.cpp"))
-    _log.info("compiling the simulated device: %d files, some minutes, once", len(sources))
     program = (
         "import sys\n"
         "from torch.utils.cpp_extension import load\n"
@@ -113,14 +114,23 @@ def _compile(folder: Path) -> None:
         "     is_python_module=False)\n"
     )
     arguments = [NAME, str(folder), " ".join(_FLAGS), *sources]
-    log = folder / "log"
-    with log.open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-P", "-c", program, *arguments]
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode != 0:
-        said = log.read_text(encoding="utf-8", errors="replace")
-        errors = [line for line in said.splitlines() if "error" in line.lower()]
-        shown = "\n".join(errors[:20]) or said[-2000:]
+    command = [sys.executable, "-P", "-c", program, *arguments]
+    said = []
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line.rstrip())
+            if on_progress is not None and (step := _STEP.match(line)):
+                on_progress(int(step[1]), int(step[2]))
+    if process.returncode != 0:
+        errors = [line for line in said if "error" in line.lower()]
+        shown = "\n".join(errors[:20] or said[-20:])
         msg = (
             f"the simulated device does not compile with torch {_torch_version()} and "
             f"{os.environ.get('CXX', 'c++')}:\n{shown}\nIt is known to with GCC 12 and torch 2.13; "
@@ -138,19 +148,3 @@ def _alone(lock: Path) -> Iterator[None]:
 
 def _torch_version() -> str:
     return importlib.metadata.version("torch")
-
-
-def main() -> int:
-    """Compile, say where, and return the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        path = build()
-    except BackendUnavailableError as error:
-        _log.error("%s", error)
-        return 1
-    _log.info("%s", path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

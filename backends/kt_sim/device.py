@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch.utils import backend_registration
 
 from kt_core.errors import BackendUnavailableError
 from kt_sim import build
@@ -33,7 +34,7 @@ def name_device_type() -> None:
     if why := why_name_is_taken():
         raise BackendUnavailableError(why)
     if torch._C._get_privateuse1_backend_name() != TYPE:
-        torch.utils.rename_privateuse1_backend(TYPE)
+        backend_registration.rename_privateuse1_backend(TYPE)
 
 
 def why_name_is_taken() -> str | None:
@@ -75,8 +76,8 @@ def start(settings: Settings | None = None) -> NativeDevice:
     device = _import_library()
     device.configure(**settings.native())
     device.register_device()
-    torch._register_device_module(TYPE, _torch_module(device))
-    torch.utils.generate_methods_for_privateuse1_backend()
+    torch._register_device_module(TYPE, _torch_module(device))  # type: ignore[no-untyped-call]
+    backend_registration.generate_methods_for_privateuse1_backend()
     # Threads of streams must not run operators while torch is taken down.
     atexit.register(_finish, device)
     return device
@@ -123,11 +124,11 @@ def _torch_module(device: NativeDevice) -> types.ModuleType:
 
     def index_of(where: Any = None) -> int:
         if where is None:
-            return int(device.current_device())
+            return device.current_device()
         if isinstance(where, int):
             return where
-        index = torch.device(where).index
-        return int(device.current_device()) if index is None else index
+        named = torch.device(where)
+        return device.current_device() if named == torch.device(TYPE) else named.index
 
     def generator(where: Any = None) -> torch.Generator:
         return device.default_generator(index_of(where))

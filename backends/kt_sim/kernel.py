@@ -17,12 +17,11 @@ from kt_core.interfaces import ExpertKernel, ExpertWeights, QuantizedTensor, Tic
 from kt_core.interfaces.checks import check_expert, check_finite, check_pairs, check_weights
 from kt_core.moe.activations import activate
 from kt_core.packed import ExpertLayout
-from kt_core.packed.codec import check_packed, pack, unpack
+from kt_core.packed.codec import check_packed, pack
 from kt_core.quant import ReferenceFormat
 from kt_core.types import ActivationPrecision, Format, MoeSpec
+from kt_sim.decoded import DecodedExpert, DecodedExperts
 from kt_sim.device import launch, start
-
-_MATRICES = ("gate", "up", "down")
 
 
 class SimTicket(Ticket):
@@ -47,18 +46,26 @@ class SimExpertKernel(ExpertKernel):
     moves_packed = True
 
     def __init__(
-        self, device: str, spec: MoeSpec, weight_format: Format, precision: ActivationPrecision
+        self,
+        device: str,
+        spec: MoeSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+        decoded: DecodedExperts,
     ) -> None:
-        """Take the layer's shape and format, and where it shall lie."""
+        """Take the layer's shape and format, where it shall lie, and what the device remembers."""
         self.spec = spec
         self.weight_format = weight_format
         self._device = torch.device(device)
         self._precision = precision
+        self._decoded = decoded
         self._layout = ExpertLayout.of(spec, weight_format)
         self._format = ReferenceFormat(weight_format)
         self._packed: dict[int, torch.Tensor] = {}
-        # Where each expert's bytes lie, 0 for none: what the kernel reads, changed in stream order.
-        self._table = torch.zeros(spec.num_experts, dtype=torch.int64, device=self._device)
+        # Where each expert's bytes lie, 0 for none: what the kernel reads, changed in stream order,
+        # and outside of inference mode too, wherever the kernel was made.
+        with torch.inference_mode(mode=False):
+            self._table = torch.zeros(spec.num_experts, dtype=torch.int64, device=self._device)
         self._lock = threading.Lock()  # of the two together
 
     @property
@@ -78,14 +85,16 @@ class SimExpertKernel(ExpertKernel):
         check_expert(self.spec, expert)
         check_weights(self.spec, self.weight_format, weights)
         check_finite(weights)
-        matrices = {name: self._quantized(getattr(weights, name)) for name in _MATRICES}
-        packed = pack(replace(weights, **matrices), self.spec, self.weight_format)
-        self._put(expert, packed)
+        quantized = replace(
+            weights,
+            gate=None if weights.gate is None else self._quantized(weights.gate),
+            up=self._quantized(weights.up),
+            down=self._quantized(weights.down),
+        )
+        self._put(expert, pack(quantized, self.spec, self.weight_format))
 
-    def _quantized(self, weight: torch.Tensor | QuantizedTensor | None) -> QuantizedTensor | None:
-        if isinstance(weight, torch.Tensor):
-            return self._format.quantize(weight)
-        return weight
+    def _quantized(self, weight: torch.Tensor | QuantizedTensor) -> QuantizedTensor:
+        return weight if isinstance(weight, QuantizedTensor) else self._format.quantize(weight)
 
     def packed(self, expert: int) -> torch.Tensor:
         """See ``ExpertKernel.packed``; a view."""
@@ -139,7 +148,8 @@ class SimExpertKernel(ExpertKernel):
                 msg = f"{name} must be on {self._device}, got {tensor.device}"
                 raise ValueError(msg)
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=self._device)
-        layer = _Layer(self.spec, self.weight_format, self.precision_for(hidden.dtype))
+        precision = self.precision_for(hidden.dtype)
+        layer = _Layer(self.spec, self.weight_format, precision, self._decoded)
         launch(layer.compute, [hidden, expert_ids, weights, self._table, out], "experts")
         return SimTicket(out)
 
@@ -151,6 +161,7 @@ class _Layer:
     spec: MoeSpec
     weight_format: Format
     precision: ActivationPrecision
+    decoded: DecodedExperts
 
     def compute(
         self,
@@ -170,12 +181,13 @@ class _Layer:
         addresses = table.tolist()
         summed = torch.zeros(hidden.shape, dtype=torch.float32)
         moved, pairs = sum(t.nbytes for t in (hidden, expert_ids, weights, out)), 0
-        for expert in ids.unique().tolist():
+        for expert in sorted(set(ids.flatten().tolist())):
             if not 0 <= expert < spec.num_experts or addresses[expert] == 0:
                 continue  # somebody else's, or nobody's
             packed = start().bytes_at(addresses[expert], packed_bytes)
+            numbers = self.decoded.get(addresses[expert], packed, spec, self.weight_format)
             token, k = torch.where(ids == expert)
-            value = self._expert(unpack(packed, spec, self.weight_format), hidden[token])
+            value = self._expert(numbers, hidden[token])
             summed.index_add_(0, token, value * weights[token, k, None].float())
             moved += packed_bytes
             pairs += len(token)
@@ -183,20 +195,16 @@ class _Layer:
         flops = 2.0 * pairs * spec.weights_per_expert
         return float(moved), flops, self.precision is ActivationPrecision.BF16
 
-    def _expert(self, weights: ExpertWeights, hidden: torch.Tensor) -> torch.Tensor:
+    def _expert(self, numbers: DecodedExpert, hidden: torch.Tensor) -> torch.Tensor:
         """Return ``[tokens, hidden]`` float32 for ``[tokens, hidden]`` of any type."""
         x = self._rounded(hidden.float())
-        up = linear(x, self._dense(weights.up), weights.up_bias)
-        if weights.gate is None:
+        up = linear(x, numbers.up, numbers.up_bias)
+        if numbers.gate is None:
             inner = activate(self.spec.activation, up)
         else:
-            gate = linear(x, self._dense(weights.gate), weights.gate_bias)
+            gate = linear(x, numbers.gate, numbers.gate_bias)
             inner = activate(self.spec.activation, gate, up)
-        return linear(self._rounded(inner), self._dense(weights.down), weights.down_bias)
-
-    def _dense(self, weight: torch.Tensor | QuantizedTensor) -> torch.Tensor:
-        assert isinstance(weight, QuantizedTensor), "a packed expert holds quantised matrices"
-        return ReferenceFormat(self.weight_format).dequantize(weight).float()
+        return linear(self._rounded(inner), numbers.down, numbers.down_bias)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         return x.bfloat16().float() if self.precision is ActivationPrecision.BF16 else x

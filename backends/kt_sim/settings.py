@@ -139,7 +139,8 @@ def _read_pairs(said: str) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    import yaml  # most processes that register this backend never need it
+    # Most processes that register this backend never need it. It comes without types.
+    import yaml  # type: ignore[import-untyped]
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

@@ -475,6 +475,7 @@ CASES = [
     Case("test_load_packed", LoadsPackedOnce, INT8),
     Case("test_load_packed_refuses_what_does_not_fit", LoadsAnyBytes, INT8),
     Case("test_submit_refuses_what_does_not_fit", ChecksNothing),
+    Case("test_ids_that_the_kernel_does_not_hold", ChecksNothing),
     Case("test_submit_does_not_change_its_arguments", ScalesHiddenStatesInPlace),
     Case("test_several_tickets_at_once", ReusesItsOutput),
     Case("test_a_ticket_keeps_what_it_reads_alive", DiesBeforeItsTicket),

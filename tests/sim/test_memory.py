@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kt_sim.native import NativeDevice
+from sim.host_calls import Note
 
 pytestmark = pytest.mark.sim
 MIB = 2**20
@@ -73,6 +74,7 @@ def test_stats_follow() -> None:
 
 
 def test_freed_memory_is_used_again_at_once_in_its_stream() -> None:
+    torch.accelerator.empty_cache()  # or the next of its size might be another
     first = torch.empty(3 * MIB, dtype=torch.uint8, device="sim")
     address = first.data_ptr()
     del first
@@ -86,8 +88,7 @@ def test_freed_memory_is_used_again_at_once_in_its_stream() -> None:
 
 def reuse_while_another_stream_reads(*, recorded: bool) -> torch.Tensor:
     """Let a stream wait, free what it will read, and overwrite that memory meanwhile."""
-    from host_calls import Note
-
+    torch.accelerator.empty_cache()  # or the next of its size might be another
     source = torch.ones(MIB, device="sim")
     torch.accelerator.synchronize()
     reader, note = torch.Stream("sim"), Note()

@@ -1,7 +1,6 @@
 // Copies: over the link between host and device or two devices, or within one device's memory.
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
@@ -11,18 +10,22 @@
 #include "current.hpp"
 #include "event.hpp"
 #include "pinned_memory.hpp"
+#include "resize.hpp"
 #include "span.hpp"
 
 namespace kt_sim {
 namespace {
 
+// How fast one thread of the host copies, roughly: when to begin.
+constexpr double kHostBytesPerS = 5e9;
+
 Task copy_task(const at::Tensor& from, const at::Tensor& to, Cost cost) {
-  return {[from = Span(from), to = Span(to), cost] {
-            c10::NoGradGuard no_grad;
+  return {[from = Span(from), to = Span(to)] {
+            const c10::NoGradGuard no_grad;
             to.on_host().copy_(from.on_host());
-            return cost;
+            return Cost{};
           },
-          false, "a copy"};
+          false, "a copy", cost, static_cast<double>(from.nbytes()) / kHostBytesPerS};
 }
 
 int index_of(const at::Tensor& tensor) { return tensor.device().index(); }
@@ -90,7 +93,7 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
 }
 
 at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
-  at::native::resize_(to, from.sizes());
+  resize(to, from.sizes());
   return copy_from(from, to, false);
 }
 

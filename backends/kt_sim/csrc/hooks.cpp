@@ -3,14 +3,12 @@
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
-#include <algorithm>
-#include <cstring>
-
 #include "arena.hpp"
 #include "current.hpp"
 #include "device_memory.hpp"
 #include "generator.hpp"
 #include "pinned_memory.hpp"
+#include "resize.hpp"
 
 namespace kt_sim {
 namespace {
@@ -50,15 +48,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
-    const int device = storage.device().index();
-    const int before = current_device();
-    set_current_device(device);
-    c10::DataPtr grown = device_memory().allocate(bytes);
-    const size_t kept = std::min(bytes, storage.nbytes());
-    if (kept > 0) device_memory().copy_data(grown.mutable_get(), storage.data(), kept);
-    set_current_device(before);
-    storage.set_data_ptr_noswap(std::move(grown));
-    storage.unsafeGetStorageImpl()->set_nbytes(bytes);
+    resize_storage(storage, bytes);
   }
 };
 

@@ -1,10 +1,11 @@
+#include "operator_cost.hpp"
+
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
 #include <unordered_map>
 
 #include "arguments.hpp"
-#include "operators.hpp"
 
 namespace kt_sim {
 namespace {
@@ -39,10 +40,17 @@ Cost operator_cost(const c10::FunctionSchema& schema, const std::vector<c10::IVa
     bytes += static_cast<double>(tensor.nbytes());
     is_16_bit |= tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
   };
+  const auto is_argument = [&](const at::Tensor& tensor) {
+    bool found = false;
+    for (const auto& value : arguments) {
+      for_each_tensor(value, [&](const at::Tensor& other) { found |= other.is_same(tensor); });
+    }
+    return found;
+  };
   for (const auto& value : arguments) for_each_tensor(value, add);
   for (const auto& value : results) {
     for_each_tensor(value, [&](const at::Tensor& tensor) {
-      add(tensor);
+      if (!is_argument(tensor)) add(tensor);
       outputs += static_cast<double>(tensor.numel());
     });
   }

@@ -2,31 +2,26 @@
 // over the bytes. What its results look like is asked of torch's meta device, so that the caller
 // need not wait, and the operator can be captured. Where that depends on numbers in memory, the
 // caller waits.
-#include "operators.hpp"
-
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/native/Resize.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <utility>
 
 #include "arguments.hpp"
+#include "calling.hpp"
 #include "current.hpp"
 #include "failure.hpp"
 #include "generator.hpp"
+#include "operator_cost.hpp"
+#include "prediction.hpp"
+#include "resize.hpp"
 
 namespace kt_sim {
 namespace {
 
 using c10::IValue;
-using Values = std::vector<IValue>;
-
-bool is_ours(const at::Tensor& tensor) { return tensor.device().type() == kDeviceType; }
 
 // Sees to it that everything is on one device, and says which.
 class Placement {
@@ -73,18 +68,6 @@ class Placement {
   int device_ = -1;
 };
 
-// Runs the operator on tensors of another kind; returns its results.
-Values call(const c10::OperatorHandle& op, Values arguments) {
-  const c10::NoGradGuard no_grad;
-  const c10::impl::ExcludeDispatchKeyGuard no_autograd(c10::autograd_dispatch_keyset);
-  op.callBoxed(&arguments);
-  return arguments;
-}
-
-bool is_generator(const c10::Argument& argument, const IValue& value) {
-  return value.isGenerator() || (value.isNone() && argument.name() == "generator");
-}
-
 bool returns_tensors_alone(const c10::FunctionSchema& schema) {
   const auto is_tensor = [](const c10::Argument& result) {
     const auto kind = result.type()->kind();
@@ -94,10 +77,6 @@ bool returns_tensors_alone(const c10::FunctionSchema& schema) {
                 c10::TypeKind::TensorType);
   };
   return std::all_of(schema.returns().begin(), schema.returns().end(), is_tensor);
-}
-
-bool writes(const c10::Argument& argument) {
-  return argument.alias_info() != nullptr && argument.alias_info()->isWrite();
 }
 
 // The argument that a result is, or -1 if it is a new tensor.
@@ -112,16 +91,11 @@ int returned_argument(const c10::FunctionSchema& schema, const c10::Argument& re
   TORCH_CHECK_NOT_IMPLEMENTED(false, schema.name(), " returns what it was not given");
 }
 
-at::Tensor like(const at::Tensor& tensor, c10::Device device) {
-  return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(device));
-}
-
 // One call: what is asked, where, and the results as they become known.
 class Call {
  public:
   Call(const c10::OperatorHandle& op, const c10::OperatorHandle& host_op, Values arguments)
-      : op_(op),
-        host_op_(host_op),
+      : host_op_(host_op),
         schema_(op.schema()),
         arguments_(std::move(arguments)),
         placement_(op, arguments_),
@@ -135,7 +109,7 @@ class Call {
     std::string why_not = "its result is no tensor";
     if (returns_tensors_alone(schema_)) {
       try {
-        return run_later(predict());
+        return run_later(*predict(host_op_, arguments_));
       } catch (const Unpredictable& reason) {
         why_not = reason.why;
       }
@@ -144,39 +118,6 @@ class Call {
   }
 
  private:
-  struct Unpredictable {
-    std::string why;
-  };
-
-  // What the results look like, from torch's meta device; and gives outputs their final shape.
-  Values predict() {
-    Values meta;
-    for (size_t i = 0; i < arguments_.size(); ++i) meta.push_back(on_meta(i));
-    const Values given = meta;
-    Values found;
-    try {
-      found = call(host_op_, std::move(meta));
-    } catch (const std::exception& error) {  // no meta kernel, or none can be; or an error of the
-      throw Unpredictable{error.what()};     // caller's, which the operator itself explains better
-    }
-    for (size_t i = 0; i < arguments_.size(); ++i) {
-      if (!writes(schema_.arguments()[i]) || !arguments_[i].isTensor()) continue;
-      const at::Tensor& mine = arguments_[i].toTensor();
-      if (mine.defined() && mine.sizes() != given[i].toTensor().sizes()) {
-        at::native::resize_(mine, given[i].toTensor().sizes());
-      }
-    }
-    return found;
-  }
-
-  IValue on_meta(size_t i) const {
-    if (is_generator(schema_.arguments()[i], arguments_[i])) return {};
-    if (arguments_[i].isDevice()) return c10::Device(at::kMeta);
-    return map_tensors(arguments_[i], [](const at::Tensor& tensor) {
-      return is_ours(tensor) ? like(tensor, at::kMeta) : tensor;
-    });
-  }
-
   std::vector<Argument> kept_arguments() const {
     std::vector<Argument> kept;
     const bool is_captured = queue_.recording() != nullptr;
@@ -208,17 +149,18 @@ class Call {
     return values;
   }
 
-  Values run_later(const Values& predicted) {
+  Values run_later(const Prediction& predicted) {
+    for (const auto& [i, sizes] : predicted.resized) resize(arguments_[i].toTensor(), sizes);
     Values results;
     std::vector<std::pair<size_t, Argument>> fresh;  // results by number, to be filled by the task
-    for (size_t i = 0; i < predicted.size(); ++i) {
+    for (size_t i = 0; i < predicted.results.size(); ++i) {
       const int argument = returned_argument(schema_, schema_.returns()[i]);
       if (argument >= 0) {
         results.push_back(arguments_[static_cast<size_t>(argument)]);
         continue;
       }
       results.push_back(map_tensors(
-          predicted[i], [&](const at::Tensor& tensor) { return like(tensor, where_); }));
+          predicted.results[i], [&](const at::Tensor& tensor) { return like(tensor, where_); }));
       fresh.emplace_back(i, Argument(results.back()));
     }
     const Cost cost = operator_cost(schema_, arguments_, results);
@@ -277,7 +219,6 @@ class Call {
     return made;
   }
 
-  const c10::OperatorHandle& op_;
   const c10::OperatorHandle host_op_;
   const c10::FunctionSchema& schema_;
   Values arguments_;

@@ -14,6 +14,13 @@
 #include "recording.hpp"
 
 namespace kt_sim {
+namespace {
+
+Clock::duration seconds(double count) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(count));
+}
+
+}  // namespace
 
 Queue::Queue(int device, int64_t id) : device_(device), id_(id) {}
 
@@ -65,6 +72,9 @@ void Queue::execute(const Task& task, Clock::time_point pushed_at) {
   if (is_lost(device_) && !task.is_unconditional) return;
   // The device would have begun here, however late this thread woke up.
   const auto began = std::max(ready_at_, pushed_at);
+  auto ends = occupy(device_, task.known, began);
+  if (task.known.unit != Unit::kNone)
+    std::this_thread::sleep_until(ends - seconds(task.host_seconds));
   Cost cost;
   try {
     cost = task.run();
@@ -73,9 +83,9 @@ void Queue::execute(const Task& task, Clock::time_point pushed_at) {
     const std::string what = own != nullptr ? own->what_without_backtrace() : error.what();
     lose(device_, task.name + " failed: " + what);
   }
-  const auto ends = occupy(device_, cost, began);
+  ends = std::max(ends, occupy(device_, cost, began));
   const auto now = Clock::now();
-  if (cost.unit != Unit::kNone && ends > now) {
+  if (ends > now) {
     std::this_thread::sleep_until(ends);
     ready_at_ = ends;
   } else {

@@ -22,6 +22,10 @@ struct Task {
   bool is_unconditional = false;
   // What the task is, for the reason of a device that is lost by its error.
   std::string name;
+  // What it costs, where that is known before; then it runs late, so that nobody sees its results
+  // before the device would have them, and the host is expected to take so long.
+  Cost known{};
+  double host_seconds = 0;
 };
 
 // A point in a queue: everything that was pushed before it.

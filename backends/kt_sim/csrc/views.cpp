@@ -1,10 +1,8 @@
 // Making tensors, and views of them: nothing here touches memory or takes time.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
-#include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_as_complex_native.h>
@@ -15,6 +13,7 @@
 
 #include "current.hpp"
 #include "device_memory.hpp"
+#include "resize.hpp"
 
 namespace kt_sim {
 namespace {
@@ -56,9 +55,9 @@ at::Tensor reshape_alias(const at::Tensor& self, c10::SymIntArrayRef size,
                                     C10_AS_INTARRAYREF_SLOW(stride));
 }
 
-const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size,
-                         std::optional<at::MemoryFormat> format) {
-  return at::native::resize_(self, C10_AS_INTARRAYREF_SLOW(size), format);
+const at::Tensor& resize_in_place(const at::Tensor& self, c10::SymIntArrayRef size,
+                                  std::optional<at::MemoryFormat> format) {
+  return resize(self, C10_AS_INTARRAYREF_SLOW(size), format);
 }
 
 at::Tensor& set_storage(at::Tensor& self, at::Storage storage) {
@@ -88,7 +87,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("unfold", at::native::unfold);
   library.impl("view_as_real", at::native::view_as_real);
   library.impl("view_as_complex", at::native::view_as_complex);
-  library.impl("resize_", resize);
+  library.impl("resize_", resize_in_place);
   library.impl("set_.source_Storage", set_storage);
   library.impl("set_.source_Storage_storage_offset", set_storage_view);
   library.impl("set_.source_Tensor", set_tensor);
