@@ -77,12 +77,12 @@ class TorchBackend(Backend):
 
         return [
             DeviceInfo(
-                name=f"{self.name}:{index}",
+                name=f"{self.name}:{found.device.partition(':')[2]}",
                 description=found.name,
                 torch_device=found.device,
                 memory_bytes=found.memory_bytes,
             )
-            for index, found in enumerate(detect_accelerators())
+            for found in detect_accelerators()
             if found.device.partition(":")[0] == self.device_type
         ]
 
