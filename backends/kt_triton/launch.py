@@ -90,7 +90,7 @@ def suits_few(pairs: int, top_k: int, num_experts: int) -> bool:
     """Return whether so few pairs share an expert that reading it for each costs little.
 
     With ``num_experts / 2`` pairs at random, some 1.27 of them for each expert that has one. Not
-    measured on a GPU: docs/decisions/0014.
+    measured on a GPU: docs/decisions/0017.
     """
     return pairs <= max(top_k, num_experts // 2)
 
@@ -130,7 +130,7 @@ class Blocking(NamedTuple):
 def blocking(pairs: int, num_experts: int) -> Blocking:
     """Choose by how many pairs an expert has on average.
 
-    With 128 rows registers spill on RDNA; not measured otherwise: docs/decisions/0014.
+    With 128 rows registers spill on RDNA; not measured otherwise: docs/decisions/0017.
     """
     average = pairs / num_experts
     if INTERPRETED.value:

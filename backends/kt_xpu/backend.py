@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What Intel's drivers make for each GPU.
 RENDER_NODES = Path("/dev/dri")
-# Formats of torch's own operators: docs/decisions/0014.
+# Formats of torch's own operators: docs/decisions/0017.
 TORCH_FORMATS = frozenset(
     {"bf16", *(f"int4-g{size}{offset}" for size in (32, 64, 128) for offset in ("", "-asym"))}
 )
