@@ -30,7 +30,8 @@ def pair_address(table, expert_ids, pair, NUM_EXPERTS: tl.constexpr):
     """Return where the expert of a pair lies; 0 for a pair that is not ours."""
     expert = tl.load(expert_ids + pair)
     is_known = (expert >= 0) & (expert < NUM_EXPERTS)
-    address = expert_address(table, tl.where(is_known, expert, 0))
+    # As int32: an offset of eight bits would count from -128.
+    address = expert_address(table, tl.where(is_known, expert, 0).to(tl.int32))
     return tl.where(is_known, address, 0)
 
 

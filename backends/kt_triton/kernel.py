@@ -11,7 +11,11 @@ from kt_triton.layer import Layer
 
 
 class TritonExpertKernel(PackedExpertKernel):
-    """See ``PackedExpertKernel``; every format and activation, ``BF16`` and ``FLOAT32``."""
+    """See ``PackedExpertKernel``; every format and activation, ``BF16`` and ``FLOAT32``.
+
+    Kernels are compiled when a shape, or a number of tokens of another kind, is first met: call
+    once before a graph is captured.
+    """
 
     def __init__(
         self,
@@ -20,7 +24,7 @@ class TritonExpertKernel(PackedExpertKernel):
         weight_format: Format,
         precision: ActivationPrecision = ActivationPrecision.AUTO,
     ) -> None:
-        """Take the layer. Kernels are compiled when they are first called, once per shape."""
+        """Take the layer."""
         super().__init__(device, spec, weight_format, precision)
         self._layer = Layer.of(spec, weight_format)
 
