@@ -135,19 +135,19 @@ def activations() -> list[Activation]:
 
 
 def main() -> None:
-    """Compile for ``targets`` the ``formats``; ``activations`` in place of formats for those."""
-    targets, formats = (argument.split(",") for argument in sys.argv[1:3])
-    calls: list[tuple[str, int, ActivationPrecision, Activation]] = []
-    if formats == ["activations"]:
-        calls = [("bf16", 1, ActivationPrecision.BF16, value) for value in activations()]
-    elif formats == ["float32"]:
-        calls = [("int4-g32-min", n, ActivationPrecision.FLOAT32, SILU) for n in (1, 64)]
-    else:
-        calls = [(f, n, ActivationPrecision.BF16, SILU) for f in formats for n in (1, 2048)]
+    """Compile ``formats`` for ``targets``; ``float32`` and ``activations`` are words for those."""
+    targets, words = (argument.split(",") for argument in sys.argv[1:3])
+    bf16, float32 = ActivationPrecision.BF16, ActivationPrecision.FLOAT32
     for target in targets:
-        for name, tokens, precision, activation in calls:
-            for compiled in compile_call(target, name, tokens, precision, activation):
-                print(json.dumps(asdict(compiled)), flush=True)  # noqa: T201 - its output
+        for word in words:
+            calls = [(word, tokens, bf16, SILU) for tokens in (1, 2048)]
+            if word == "activations":
+                calls = [("bf16", 1, bf16, activation) for activation in activations()]
+            elif word == "float32":
+                calls = [("int4-g32-min", tokens, float32, SILU) for tokens in (1, 64)]
+            for name, tokens, precision, activation in calls:
+                for compiled in compile_call(target, name, tokens, precision, activation):
+                    print(json.dumps(asdict(compiled) | {"word": word}), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
