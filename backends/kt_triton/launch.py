@@ -127,24 +127,31 @@ class Blocking(NamedTuple):
     num_warps: int
 
 
-def blocking(pairs: int, num_experts: int) -> Blocking:
+def blocking(pairs: int, num_experts: int, tile_inputs: int) -> Blocking:
     """Choose by how many pairs an expert has on average.
 
     With 128 rows registers spill on RDNA; not measured otherwise: docs/decisions/0017.
+
+    Args:
+        pairs: Of a turn.
+        num_experts: Of the layer.
+        tile_inputs: Inputs multiplied at once. From 64 rows on Triton 3.9 takes Hopper's wgmma,
+            for which it finds no layout of 16 or 32 inputs, and ends the compilation.
     """
     average = pairs / num_experts
     if INTERPRETED.value:
         return Blocking(16, 256, 4)
     if average <= 16:
         return Blocking(16, 64, 4)
-    if average <= 32:
+    if average <= 32 or tile_inputs < 64:
         return Blocking(32, 64, 4)
     return Blocking(64, 64, 8)
 
 
 def _many(layer: Layer, call: Call, inner: torch.Tensor, outputs: torch.Tensor) -> None:
     spec, pairs = layer.spec, len(inner)
-    cut = blocking(pairs, spec.num_experts)
+    up, down = matrix_tile(layer.up), matrix_tile(layer.down)
+    cut = blocking(pairs, spec.num_experts, up.inputs(layer.up))
     num_blocks = pairs // cut.rows + spec.num_experts
     order = call.expert_ids.new_empty((pairs,), dtype=torch.int32)
     blocks = call.expert_ids.new_empty((3, num_blocks), dtype=torch.int32)
@@ -152,7 +159,6 @@ def _many(layer: Layer, call: Call, inner: torch.Tensor, outputs: torch.Tensor) 
         call.expert_ids, order, blocks, pairs, num_blocks,
         NUM_EXPERTS=spec.num_experts, BLOCK=cut.rows, CHUNK=_PLAN_PAIRS, num_warps=4, **_OPTIONS,
     )  # fmt: skip
-    up, down = matrix_tile(layer.up), matrix_tile(layer.down)
     gate_up_many[(num_blocks, triton.cdiv(layer.up.outputs, cut.outputs))](
         call.hidden, order, blocks, num_blocks, call.table, inner,
         GATE=layer.gate, UP=layer.up, ACTIVATION=spec.activation, GATE_BIAS=layer.gate_bias,

@@ -22,6 +22,10 @@ class Tile(NamedTuple):
     step_groups: int
     group_rows: int
 
+    def inputs(self, matrix: Matrix) -> int:
+        """Return how many inputs of a matrix that is."""
+        return self.step_groups * self.group_rows * matrix.values_per_word
+
 
 @dataclass(frozen=True)
 class Layer:
