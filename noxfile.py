@@ -22,8 +22,11 @@ CONSTRAINTS = ("-c", "constraints/cpu.txt", "-c", "constraints/tools.txt")
 # Packages that write and read checkpoints: what our readers are compared with.
 ORACLES = ("compressed-tensors", "gguf", "hypothesis")
 BUILD = Path("build/nox")
-PACKAGES = ("kt_core", "kt_checkpoints", "kt_cpu", "kt_demo", "kt_models", "kt_sim")
-QUICK = ("-m", "not slow and not network and not sim")
+PACKAGES = (
+    "kt_core", "kt_checkpoints", "kt_cpu", "kt_cuda", "kt_demo", "kt_models", "kt_npu", "kt_rocm",
+    "kt_sim", "kt_triton", "kt_xpu",
+)  # fmt: skip
+QUICK = ("-m", "not slow and not network and not sim and not triton")
 # A sanitizer's own memory is no measure of ours.
 ASAN_TESTS = ("-k", "not memory", "tests/kernels", "tests/unit/test_hardware_cpuid.py")
 # Else `python -c` in a test would import the source tree, which has no compiled extensions.
@@ -226,6 +229,17 @@ def sim(session: nox.Session) -> None:
     session.run(python, "-m", "kt_sim", env={**TEST_ENV, "PATH": path})
     pytest = (program(session, "pytest"), "-q", "-m", "sim")
     session.run(*pytest, *(session.posargs or ["tests/sim"]), env=TEST_ENV)
+
+
+@needs_env
+def triton(session: nox.Session) -> None:
+    """Interpret every GPU kernel against the reference, and compile each for eight GPUs."""
+    python = program(session, "python")
+    # Alone: whoever has a GPU has the Triton that torch asked for.
+    session.run(python, "-m", "pip", "install", "--quiet", "--no-deps", *CONSTRAINTS, "triton")
+    pytest = (program(session, "pytest"), "-q")
+    expect = {**TEST_ENV, "KT_EXPECT_TRITON": "1"}
+    session.run(*pytest, *(session.posargs or ["tests/gpu"]), env=expect)
 
 
 @needs_env

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from kt_core.cli.output import JSON_HELP, print_json, registry_of, show, table
 from kt_core.interfaces import Backend
@@ -39,7 +40,8 @@ def backends(
             formats = ", ".join(device["formats"])
             rows.add_row(backend["name"], name, device["isa"] or "", formats)
         if not backend["available"]:
-            rows.add_row(backend["name"], "none", "", f"cannot run: {backend['why_unavailable']}")
+            reason = escape(backend["why_unavailable"])  # pip install 'kt-core[cuda]'
+            rows.add_row(backend["name"], "none", "", f"cannot run: {reason}")
     show(rows)
 
 

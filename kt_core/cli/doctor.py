@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from kt_core import hardware
 from kt_core.cli.backends import describe_backends
@@ -91,7 +92,7 @@ def _show(report: dict[str, Any]) -> None:
 def _state(backend: dict[str, Any]) -> str:
     """Say whether a backend can run, and on what."""
     if not backend["available"]:
-        return f"cannot run: {backend['why_unavailable']}"
+        return f"cannot run: {escape(backend['why_unavailable'])}"
     states = []
     for device in backend["devices"]:
         state = f"ready: {device['name']}"

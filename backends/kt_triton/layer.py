@@ -1,0 +1,93 @@
+"""What the kernels are compiled for: the matrices of one layer's experts, and how they are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kt_core.packed import ExpertLayout
+from kt_core.packed.layout import COLUMN_PAD
+from kt_core.types import Format, MoeSpec
+from kt_triton.matrix import Matrix
+
+
+class Tile(NamedTuple):
+    """How much of a matrix a kernel reads at once.
+
+    Attributes:
+        step_groups: Groups of inputs.
+        group_rows: Rows of 64 bytes of each of them.
+    """
+
+    step_groups: int
+    group_rows: int
+
+    def inputs(self, matrix: Matrix) -> int:
+        """Return how many inputs of a matrix that is."""
+        return self.step_groups * self.group_rows * matrix.values_per_word
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of a layer as a kernel sees them.
+
+    Attributes:
+        spec: Shape and activation.
+        gate: None where there is none.
+        up: ``[intermediate, hidden]``.
+        down: ``[hidden, intermediate]``.
+        gate_bias: First byte of the bias, from the expert's first; -1 where there is none.
+        up_bias: As ``gate_bias``.
+        down_bias: As ``gate_bias``.
+    """
+
+    spec: MoeSpec
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+    gate_bias: int
+    up_bias: int
+    down_bias: int
+
+    @classmethod
+    def of(cls, spec: MoeSpec, weight_format: Format) -> Layer:
+        """Describe the packed experts of a layer."""
+        expert = ExpertLayout.of(spec, weight_format)
+        has_gate_bias = expert.has_gate and expert.has_bias
+        after_gate = expert.up.panel_bytes if expert.has_gate else 0
+        return cls(
+            spec=spec,
+            gate=Matrix.of(expert.up, 0, expert.up_stride) if expert.has_gate else None,
+            up=Matrix.of(expert.up, after_gate, expert.up_stride),
+            down=Matrix.of(expert.down, expert.down_offset, expert.down.panel_bytes),
+            gate_bias=expert.gate_bias_at if has_gate_bias else -1,
+            up_bias=expert.up_bias_at if expert.has_bias else -1,
+            down_bias=expert.down_bias_at if expert.has_bias else -1,
+        )
+
+
+def streaming_tile(matrix: Matrix, rows: int = 64) -> Tile:
+    """Return a tile of about ``rows`` rows, for sums in float32: any number of groups."""
+    if matrix.is_grouped:
+        group_rows = matrix.group // matrix.values_per_word
+        groups = matrix.padded_inputs // matrix.group
+        return Tile(_power_of_two(min(groups, max(1, rows // group_rows))), group_rows)
+    return Tile(1, _power_of_two(min(rows, matrix.padded_inputs // matrix.values_per_word)))
+
+
+def matrix_tile(matrix: Matrix) -> Tile:
+    """Return a tile for the matrix units: 64 inputs, or a group of fewer that scales its sum.
+
+    Inputs are padded to a multiple of it, and a unit multiplies at least 16 inputs at once, which
+    is the smallest group.
+    """
+    rows = COLUMN_PAD // matrix.values_per_word
+    if not matrix.is_grouped:
+        return Tile(1, rows)
+    group_rows = min(rows, matrix.group // matrix.values_per_word)
+    return Tile(1 if matrix.scales_sums else rows // group_rows, group_rows)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not greater."""
+    return 1 << (number.bit_length() - 1)

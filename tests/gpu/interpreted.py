@@ -1,0 +1,81 @@
+"""The Triton kernels on the host: a backend whose device is Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from kt_core.accelerator import TorchBackend
+from kt_core.interfaces import ExpertKernel
+from kt_core.types import (
+    ActivationPrecision,
+    Capabilities,
+    DeviceInfo,
+    Element,
+    Format,
+    MoeSpec,
+)
+from kt_triton import launch
+from kt_triton.kernel import TritonExpertKernel
+from kt_triton.launch import Call
+from kt_triton.layer import Layer
+
+
+class InterpretedBackend(TorchBackend):
+    """One device, the host, which is no device of torch's accelerators."""
+
+    name = "interpreted"
+    device_type = "cpu"
+
+    def __init__(self, *, is_few: bool | None = None) -> None:
+        """Take which kernels to use: those for few tokens, for many, or those that suit."""
+        self._is_few = is_few
+
+    def why_unavailable(self) -> str | None:
+        """Return None: whoever imports this has Triton."""
+        return None
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """Return the one device."""
+        return [
+            DeviceInfo(
+                name=self.name,
+                description="Triton's interpreter",
+                torch_device="cpu",
+                memory_bytes=1 << 30,
+            )
+        ]
+
+    def what_it_computes(self) -> Capabilities:
+        """Every format."""
+        return Capabilities(elements=frozenset(Element))
+
+    def kernel(
+        self,
+        device: torch.device,
+        spec: MoeSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+    ) -> ExpertKernel:
+        """Make a kernel that uses the wanted ones."""
+        return _Chosen(device, spec, weight_format, precision, self._is_few)
+
+
+class _Chosen(TritonExpertKernel):
+    def __init__(
+        self,
+        device: torch.device,
+        spec: MoeSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+        is_few: bool | None,
+    ) -> None:
+        super().__init__(device, spec, weight_format, precision)
+        self._is_few = is_few
+
+    def launch(self, layer: Layer, call: Call, precision: ActivationPrecision) -> None:
+        launch.compute(layer, call, precision, is_few=self._is_few)
