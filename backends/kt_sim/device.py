@@ -36,9 +36,11 @@ def name_device_type() -> None:
     if torch._C._get_privateuse1_backend_name() == TYPE:
         return
     backend_registration.rename_privateuse1_backend(TYPE)
-    # Whoever asks torch for an accelerator from now on gets an answer: not yet.
+    # What torch itself asks of a device type from now on: it is not there yet.
     module = types.ModuleType(f"torch.{TYPE}")
     module.is_available = lambda: False  # type: ignore[attr-defined]
+    module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
+    module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
     torch._register_device_module(TYPE, module)  # type: ignore[no-untyped-call]
 
 
