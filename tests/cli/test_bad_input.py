@@ -168,7 +168,7 @@ def test_unknown_format(kt: Kt, stories: Path) -> None:
 
 
 def test_unknown_device(kt: Kt, stories: Path) -> None:
-    message = kt("run", stories, "hi", "--device", "npu:7", *QUICK).fails("'npu:7'")
+    message = kt("run", stories, "hi", "--device", "tpu:7", *QUICK).fails("'tpu:7'")
     assert "cpu" in message
 
 

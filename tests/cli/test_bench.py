@@ -56,7 +56,8 @@ def test_json(kt: Kt) -> None:
     assert report["machine"]["cpu"]
     rows = [(row["format"], row["threads"], row["tokens"]) for row in report["results"]]
     assert rows == [("int4-g32", 1, 1), ("int4-g32", 1, 3), ("int8", 1, 1), ("int8", 1, 3)]
-    (cpu,) = json.loads(kt("backends", "--json").succeeds())
+    backends = json.loads(kt("backends", "--json").succeeds())
+    cpu = next(backend for backend in backends if backend["name"] == "cpu")
     assert {row["isa"] for row in report["results"]} == {cpu["devices"][0]["isa"]}
 
 
@@ -70,7 +71,8 @@ def test_several_numbers_of_threads(kt: Kt) -> None:
 
 def test_all_formats(kt: Kt) -> None:
     report = report_of(kt, "--format", "all", "--threads", "1", "--tokens", "1")
-    (cpu,) = json.loads(kt("backends", "--json").succeeds())
+    backends = json.loads(kt("backends", "--json").succeeds())
+    cpu = next(backend for backend in backends if backend["name"] == "cpu")
     assert sorted(row["format"] for row in report["results"]) == cpu["devices"][0]["formats"]
     assert report["limits"] == dict.fromkeys(LIMITS, 1.0)
 

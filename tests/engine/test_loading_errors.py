@@ -373,7 +373,7 @@ def test_unknown_format_is_named_before_anything_is_read(tmp_path: Path) -> None
 
 
 def test_unknown_device(checkpoint: Path) -> None:
-    fails(checkpoint, UnknownNameError, "'npu:7'", "cpu", device="npu:7")
+    fails(checkpoint, UnknownNameError, "'tpu:7'", "cpu", device="tpu:7")
 
 
 def test_a_format_that_the_device_cannot_compute(
