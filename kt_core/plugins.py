@@ -134,6 +134,8 @@ class Registry:
     def find_device(self, name: str) -> tuple[Backend, DeviceInfo]:
         """Return the device called ``name`` (or the best one, for ``auto``) and its backend.
 
+        Toys and references, whose ``preference`` is below 0, are taken by name only.
+
         Raises:
             UnknownNameError: No backend that can run here has such a device.
             BackendUnavailableError: The name is a backend's that cannot run here, or, for
@@ -147,7 +149,7 @@ class Registry:
                 reasons[backend.name] = reason
                 continue
             for device in backend.devices():
-                if name in ("auto", device.name):
+                if name == device.name or (name == "auto" and backend.preference >= 0):
                     return backend, device
                 found.append(device.name)
         wanted = name.partition(":")[0]

@@ -47,10 +47,9 @@ class SimBackend(Backend):
         return why_name_is_taken()
 
     def devices(self) -> Sequence[DeviceInfo]:
-        """Return them all. Torch knows their names from now on; nothing is started."""
-        from kt_sim.device import TYPE, current_settings, name_device_type
+        """Return them all. Torch knows their names once one of them is opened."""
+        from kt_sim.device import TYPE, current_settings
 
-        name_device_type()
         settings = current_settings()
         return [
             DeviceInfo(

@@ -33,15 +33,8 @@ def name_device_type() -> None:
     """
     if why := why_name_is_taken():
         raise BackendUnavailableError(why)
-    if torch._C._get_privateuse1_backend_name() == TYPE:
-        return
-    backend_registration.rename_privateuse1_backend(TYPE)
-    # What torch itself asks of a device type from now on: it is not there yet.
-    module = types.ModuleType(f"torch.{TYPE}")
-    module.is_available = lambda: False  # type: ignore[attr-defined]
-    module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
-    module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
-    torch._register_device_module(TYPE, module)  # type: ignore[no-untyped-call]
+    if torch._C._get_privateuse1_backend_name() != TYPE:
+        backend_registration.rename_privateuse1_backend(TYPE)
 
 
 def why_name_is_taken() -> str | None:
@@ -83,7 +76,7 @@ def start(settings: Settings | None = None) -> NativeDevice:
     device = _import_library()
     device.configure(**settings.native())
     device.register_device()
-    vars(getattr(torch, TYPE)).update(vars(_torch_module(device)))
+    torch._register_device_module(TYPE, _torch_module(device))  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend()
     # Threads of streams must not run operators while torch is taken down.
     atexit.register(_finish, device)

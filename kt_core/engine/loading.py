@@ -245,7 +245,10 @@ class ExpertLoader:
         for site in own:
             _swap(model, site, modules[site.parameter_prefix])
         for owner, site in tied:
-            _swap(model, site, modules[owner])
+            shared = (
+                modules[owner] if self.accelerators else HybridExperts(site.spec, [kernels[owner]])
+            )
+            _swap(model, site, shared)
         everything = (*own, *(site for _, site in tied))
         hook.forget_experts(
             model,

@@ -28,7 +28,7 @@ class Backend(ABC):
     Attributes:
         name: Short lower-case word, unique among the registered backends.
         preference: ``--device auto`` takes the runnable backend with the highest; 0 is the CPU's,
-            accelerators stand above it, toys and references below.
+            accelerators stand above it, toys and references below: these are never taken unasked.
     """
 
     name: str

@@ -594,7 +594,8 @@ TOY = FakeBackend("toy", preference=-1)
 def test_auto_takes_the_best_that_can_run() -> None:
     assert find("auto", TOY, CPU, GPU, BROKEN) == ("cuda", "cuda:0")
     assert find("auto", TOY, CPU, BROKEN) == ("cpu", "cpu")
-    assert find("auto", BROKEN, TOY) == ("toy", "toy")
+    with pytest.raises(BackendUnavailableError):  # nobody wants a toy who did not ask for it
+        find("auto", BROKEN, TOY)
     # equal preference: who registered first; a backend without a device is passed over
     other = FakeBackend("other")
     assert find("auto", other, CPU) == ("other", "other")
