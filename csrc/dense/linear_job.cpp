@@ -111,9 +111,18 @@ void LinearForwardJob::Multiply(Range panels) noexcept {
     ActivationRows activations = rows_;
     activations.data += rows.first * rows_.row_bytes;
     StartWithBias(panels, rows.size(), out);
-    layer_.kernels().down({layer_.data() + panels.first * weight().panel_bytes, &expert,
-                           activations, kRowNumbers.data(), kOnes.data(), rows.size(), out,
-                           rows.size(), 0, panels.size(), scratch + out_bytes});
+    layer_.kernels().down({layer_.data() + panels.first * weight().panel_bytes,
+                           &expert,
+                           activations,
+                           kRowNumbers.data(),
+                           kOnes.data(),
+                           rows.size(),
+                           out,
+                           rows.size(),
+                           0,
+                           panels.size(),
+                           scratch + out_bytes,
+                           {}});
     Store(out, rows.size(), rows, panels);
   }
 }

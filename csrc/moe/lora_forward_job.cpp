@@ -58,9 +58,18 @@ void LoraForwardJob::Down(const LayerPart& part, Range panels) noexcept {
   for (const PairGroups::Active& active : pairs_.active) {
     ActivationRows rows = inter_rows_;
     rows.data += active.first * rows.row_bytes;
-    kernels().down({part.At(active.expert), &e, rows, pairs_.tokens.data() + active.first,
-                    pairs_.weights.data() + active.first, active.count, out, args_.tokens,
-                    panels.first, panels.last, unpacked});
+    kernels().down({part.At(active.expert),
+                    &e,
+                    rows,
+                    pairs_.tokens.data() + active.first,
+                    pairs_.weights.data() + active.first,
+                    active.count,
+                    out,
+                    args_.tokens,
+                    panels.first,
+                    panels.last,
+                    unpacked,
+                    {}});
     if (down_lora_.exists())
       AddLoraToOut(down_lora_, Lora::Side::kB, active, Inner(kDown, active.first), among_all);
   }

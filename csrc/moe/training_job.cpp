@@ -83,10 +83,19 @@ void TrainingJob::RawGateUp(const LayerPart& part, const PairGroups::Active& act
                             Range panels) noexcept {
   uint8_t* unpacked = ThreadScratch(kernels().scratch_bytes(args_.precision, part.layout.up));
   const size_t first = part.first_up * kPanel;
-  kernels().gate_up({part.At(active.expert), &part.layout, hidden_rows_,
-                     pairs_.tokens.data() + active.first, active.count, layer_.spec().activation,
-                     Row(buffers_.up, active.first) + first, Row(gate(), active.first) + first,
-                     inter_stride_, panels.first, panels.last, unpacked});
+  kernels().gate_up({part.At(active.expert),
+                     &part.layout,
+                     hidden_rows_,
+                     pairs_.tokens.data() + active.first,
+                     active.count,
+                     layer_.spec().activation,
+                     Row(buffers_.up, active.first) + first,
+                     Row(gate(), active.first) + first,
+                     inter_stride_,
+                     panels.first,
+                     panels.last,
+                     unpacked,
+                     {}});
 }
 
 void TrainingJob::AddLoraToGateUp(const PairGroups::Block& block) noexcept {
