@@ -135,7 +135,8 @@ class HostLane(Lane):
 
     def _call(self, tokens: int, k: int, dtype: torch.dtype) -> tuple[HostCall | None, PairBuffers]:
         key = (tokens, k, dtype)
-        if (held := self._calls.get(key)) is not None:
+        is_captured = torch.accelerator.current_stream(self._device).is_capturing()
+        if not is_captured and (held := self._calls.get(key)) is not None:
             return held
         buffers = self._buffers.take(tokens, k, self.spec.hidden_size, dtype)
         call = self.kernel.host_call(
@@ -144,7 +145,7 @@ class HostLane(Lane):
         if call is None:
             return None, buffers
         call.record(self._records)
-        if torch.accelerator.current_stream(self._device).is_capturing():
+        if is_captured:
             self._captured.append(call)  # the graph calls it as long as it lives
             return call, buffers
         if len(self._calls) >= _MOST_CALLS:

@@ -149,6 +149,27 @@ def test_a_captured_call_follows_its_inputs_and_the_table(host: ExpertDevice) ->
         assert is_within(out.cpu(), want, allowed), worst_of(out.cpu(), want, allowed)
 
 
+def test_a_captured_call_outlives_the_calls_that_are_kept(host: ExpertDevice) -> None:
+    """As many sizes as make a lane forget its calls; the one that was there before, too."""
+    layer, pairs = hybrid(host, {2, 3}), random_pairs(SPEC, 2, 3)
+    arguments = [t.to(SIM) for t in (pairs.hidden, pairs.expert_ids, pairs.weights)]
+    lane = layer.kernels[0]
+    assert isinstance(lane, HostLane)
+    with torch.no_grad():
+        want = layer(*arguments).cpu()
+        graph, stream = torch.accelerator.Graph(), torch.Stream(SIM)
+        with stream, graph:
+            out = layer(*arguments)
+        (kept,) = lane._captured
+        assert kept not in {call for call, _ in lane._calls.values()}
+        for tokens in range(3, 70):
+            check(layer, tokens)
+    with stream:
+        graph.replay()
+    stream.synchronize()
+    assert torch.equal(out.cpu(), want)
+
+
 def test_experts_move_while_the_layer_runs(host: ExpertDevice, device: NativeDevice) -> None:
     """Calls in between are right at any moment, and in the end each expert lies in one place."""
     layer = hybrid(host, {0, 1, 2})
