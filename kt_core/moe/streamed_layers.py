@@ -84,9 +84,11 @@ class StreamedLayers:
         if self.rates is None:
             return False
         host = self._hosts[layer]
-        cold = len(host.resident())
-        link_s = cold * host.bytes_per_expert / self.rates.link_bytes_per_s
-        return pairs * cold / host.spec.num_experts > link_s * self.rates.host_pairs_per_s
+        # Both take in proportion to the cold experts: whether there are any is asked last, since
+        # a decode step comes here once a layer.
+        expert_s = host.bytes_per_expert / self.rates.link_bytes_per_s
+        is_faster = pairs / host.spec.num_experts > expert_s * self.rates.host_pairs_per_s
+        return is_faster and bool(host.resident())
 
     def submit(
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
