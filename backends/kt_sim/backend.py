@@ -125,9 +125,11 @@ class SimDevice(ExpertDevice):
                 f"simulated device; choose {' or '.join(_PRECISIONS)}, or auto"
             )
             raise UnsupportedFormatError(msg)
+        import torch
+
         from kt_sim.kernel import SimExpertKernel
 
-        where, decoded = self.info.torch_device, self._decoded
+        where, decoded = torch.device(self.info.torch_device), self._decoded
         return SimExpertKernel(where, spec, weight_format, precision, decoded)
 
     def close(self) -> None:

@@ -92,7 +92,9 @@ class PackedExpertKernel(ExpertKernel):
         self._layout = ExpertLayout.of(spec, weight_format)
         self._packed: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()  # of dictionary and table together
-        self.table = torch.zeros(spec.num_experts, dtype=torch.int64, device=device)
+        # It is changed outside of inference mode too, wherever the kernel was made.
+        with torch.inference_mode(mode=False):
+            self.table = torch.zeros(spec.num_experts, dtype=torch.int64, device=device)
 
     @abstractmethod
     def compute(
