@@ -52,11 +52,7 @@ class Deferral:
 
 
 class DeferringLane(Lane):
-    """A host lane whose layer may put pairs off, and adds what the layer before has put off.
-
-    Attributes:
-        lanes: For what is wanted at once, and for what is put off, where there is that.
-    """
+    """A host lane whose layer may put pairs off, and adds what the layer before has put off."""
 
     def __init__(self, lane: HostLane, late: HostLane | None, deferral: Deferral) -> None:
         """Take the lanes of one kernel.
@@ -68,7 +64,6 @@ class DeferringLane(Lane):
             deferral: Shared by all layers.
         """
         super().__init__(lane)
-        self.lanes = (lane,) if late is None else (lane, late)
         self._late = late
         self._deferral = deferral
 

@@ -62,7 +62,7 @@ class StreamedLayers:
         self._made: dict[int, _Slot] = {}
         self._device = device
         self._copies = torch.Stream(device=device)
-        self._stages: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
+        self._stages: deque[tuple[torch.Tensor, torch.Event]] = deque()
 
     def add(self, host: ExpertKernel, slots: tuple[ExpertKernel, ExpertKernel]) -> None:
         """Take the next layer.
@@ -131,8 +131,7 @@ class StreamedLayers:
         """Return pinned memory that no copy reads any more."""
         if len(self._stages) >= _STAGES:
             staged, event = self._stages.popleft()
-            if event is not None:
-                event.synchronize()
+            event.synchronize()
             if staged.numel() == size:
                 return staged
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)

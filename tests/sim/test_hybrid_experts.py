@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -210,6 +211,25 @@ def test_moving_leaks_nothing(host: ExpertDevice) -> None:
 
     first = there_and_back()
     assert [there_and_back() for _ in range(5)] == [first] * 5
+
+
+def test_the_times_of_calls_are_kept_when_asked(host: ExpertDevice) -> None:
+    layer = hybrid(host, {0})
+    lane = layer.kernels[0]
+    assert isinstance(lane, HostLane)
+    check(layer, tokens=3)
+    assert lane.take_times() == []
+    lane.record(is_on=True)
+    for tokens in (3, 5, 3):
+        check(layer, tokens)
+    times = lane.take_times()
+    assert len(times) == 3
+    for one in times:
+        assert 0 < one.started <= one.finished <= one.joined
+        assert one.started <= one.join_called <= one.joined
+    for before, after in itertools.pairwise(times):
+        assert before.joined <= after.started
+    assert lane.take_times() == []
 
 
 def test_an_error_on_the_host_reaches_the_caller(host: ExpertDevice) -> None:
