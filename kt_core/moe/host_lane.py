@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kt_core.hardware.graphs import is_capturing
 from kt_core.interfaces import ExpertKernel, HostCall, HostCallTimes, HostFunctions, Ticket
 from kt_core.moe.lane import Lane
 
@@ -135,7 +136,7 @@ class HostLane(Lane):
 
     def _call(self, tokens: int, k: int, dtype: torch.dtype) -> tuple[HostCall | None, PairBuffers]:
         key = (tokens, k, dtype)
-        is_captured = torch.accelerator.current_stream(self._device).is_capturing()
+        is_captured = is_capturing(torch.accelerator.current_stream(self._device))
         if not is_captured and (held := self._calls.get(key)) is not None:
             return held
         buffers = self._buffers.take(tokens, k, self.spec.hidden_size, dtype)

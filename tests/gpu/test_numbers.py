@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpu.interpreted import InterpretedBackend
+from gpu.kernels import WHERE, KernelsBackend
 from kt_core.interfaces import ExpertKernel, WeightFormat
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import ACTIVATIONS, reference
@@ -34,11 +34,16 @@ def loaded(
     spec: MoeSpec, weight_format: WeightFormat, precision: ActivationPrecision, *, is_few: bool
 ) -> ExpertKernel:
     """Make a kernel that holds ``random_layer(spec)``."""
-    device = InterpretedBackend(is_few=is_few).open("interpreted")
+    device = KernelsBackend(is_few=is_few).open("kernels")
     kernel = device.expert_kernel(spec, weight_format.descriptor, precision=precision)
     for index, weights in random_layer(spec).items():
         kernel.load(index, weights)
     return kernel
+
+
+def there(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The arguments of a call, where kernels read them."""
+    return pairs.hidden.to(WHERE), pairs.expert_ids.to(WHERE), pairs.weights.to(WHERE)
 
 
 def check(
@@ -51,7 +56,7 @@ def check(
 ) -> None:
     """Compute and compare with the reference."""
     kernel = loaded(spec, weight_format, precision, is_few=is_few)
-    got = kernel.submit(pairs.hidden, pairs.expert_ids, pairs.weights).wait()
+    got = kernel.submit(*there(pairs)).wait().cpu()
     layer = reference.layer(spec, weight_format, random_layer(spec))
     want, allowed = reference.forward(
         layer, pairs.hidden, pairs.expert_ids, pairs.weights, precision

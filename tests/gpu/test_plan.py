@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu import interpreted  # noqa: F401 - skips where there is no Triton
+from gpu.kernels import WHERE
 from kt_triton.plan import plan_blocks
 
 EXPERTS, BLOCK = 7, 4
@@ -15,12 +15,19 @@ def plan(expert_ids: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tens
     """Return ``order`` and ``blocks``, filled with rubbish before."""
     pairs = expert_ids.numel()
     num_blocks = pairs // BLOCK + EXPERTS
-    order = torch.full((pairs,), 10**6, dtype=torch.int32)
-    blocks = torch.full((3, num_blocks), 10**6, dtype=torch.int32)
+    order = torch.full((pairs,), 10**6, dtype=torch.int32, device=WHERE)
+    blocks = torch.full((3, num_blocks), 10**6, dtype=torch.int32, device=WHERE)
     plan_blocks[(EXPERTS + 1,)](
-        expert_ids, order, blocks, pairs, num_blocks, NUM_EXPERTS=EXPERTS, BLOCK=BLOCK, CHUNK=chunk
+        expert_ids.to(WHERE),
+        order,
+        blocks,
+        pairs,
+        num_blocks,
+        NUM_EXPERTS=EXPERTS,
+        BLOCK=BLOCK,
+        CHUNK=chunk,
     )
-    return order, blocks
+    return order.cpu(), blocks.cpu()
 
 
 @pytest.mark.parametrize("pairs", [1, 5, 63, 64, 200])

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpu.test_numbers import BF16, FLOAT32, FORMATS, SMALL, both, loaded
+from gpu.test_numbers import BF16, FLOAT32, FORMATS, SMALL, both, loaded, there
 from kt_core.testing import reference
-from kt_core.testing.backend_harness import is_within, random_layer, random_pairs, worst_of
+from kt_core.testing.backend_harness import Pairs, is_within, random_layer, random_pairs, worst_of
 from kt_triton import launch
 from kt_triton.kernel import TritonExpertKernel
 from kt_triton.launch import Call
@@ -18,11 +18,16 @@ LAYER = replace(SMALL, num_experts=4)
 FOREIGN = -(1 << 40)  # an id of which 32 bits would be 0
 
 
+def call_of(kernel: TritonExpertKernel, pairs: Pairs) -> Call:
+    hidden, ids, weights = there(pairs)
+    return Call(hidden, ids, weights, kernel.table, torch.empty_like(hidden))
+
+
 def compute(kernel: TritonExpertKernel, call: Call, *, is_few: bool) -> torch.Tensor:
     """Start the kernels as a GPU's host does, which cannot look at ids."""
     call.out.fill_(float("nan"))
     launch.compute(kernel._layer, call, FLOAT32, is_few=is_few)
-    return call.out
+    return call.out.cpu()
 
 
 @both
@@ -37,7 +42,7 @@ def test_pairs_that_are_not_ours_add_nothing(is_few: bool) -> None:
     pairs = random_pairs(LAYER, len(ids), k=3)
     is_ours = (ids >= 0) & (ids < LAYER.num_experts) & (ids != 2)
     weights = pairs.weights.where(is_ours, float("inf"))
-    call = Call(pairs.hidden, ids, weights, kernel.table, torch.empty_like(pairs.hidden))
+    call = call_of(kernel, replace(pairs, expert_ids=ids, weights=weights))
     got = compute(kernel, call, is_few=is_few)
     layer = reference.layer(LAYER, weight_format, random_layer(LAYER))
     known = ids.where(is_ours, -1)
@@ -53,8 +58,7 @@ def test_swaps_are_seen_without_a_new_launch(is_few: bool) -> None:
     kernel = loaded(LAYER, weight_format, FLOAT32, is_few=is_few)
     packed = {expert: kernel.packed(expert).clone() for expert in kernel.resident()}
     pairs = random_pairs(LAYER, 7)
-    out = torch.empty_like(pairs.hidden)
-    call = Call(pairs.hidden, pairs.expert_ids, pairs.weights, kernel.table, out)
+    call = call_of(kernel, pairs)
     experts = random_layer(LAYER)
     first = compute(kernel, call, is_few=is_few).clone()
     kernel.unload(1)
@@ -76,9 +80,7 @@ def test_in_turns(is_few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight_format = FORMATS["int8-g32"]
     kernel = loaded(LAYER, weight_format, FLOAT32, is_few=is_few)
     pairs = random_pairs(LAYER, 11)
-    call = Call(
-        pairs.hidden, pairs.expert_ids, pairs.weights, kernel.table, torch.empty_like(pairs.hidden)
-    )
+    call = call_of(kernel, pairs)
     monkeypatch.setattr(launch, "WORKSPACE_BYTES", 4 * 2 * 4 * (48 + LAYER.hidden_size))
     got = compute(kernel, call, is_few=is_few)
     layer = reference.layer(LAYER, weight_format, random_layer(LAYER))
@@ -92,7 +94,8 @@ def test_types_of_ids_and_weights(dtype: torch.dtype, is_few: bool) -> None:
     """As they come: nothing is converted in between."""
     kernel = loaded(LAYER, FORMATS["bf16"], BF16, is_few=is_few)
     pairs = random_pairs(LAYER, 4, dtype=torch.bfloat16)
-    weights = pairs.weights.half()
-    want = kernel.submit(pairs.hidden, pairs.expert_ids, weights.float()).wait()
-    got = kernel.submit(pairs.hidden, pairs.expert_ids.to(dtype), weights).wait()
+    hidden, ids, weights = there(pairs)
+    weights = weights.half()
+    want = kernel.submit(hidden, ids, weights.float()).wait()
+    got = kernel.submit(hidden, ids.to(dtype), weights).wait()
     assert torch.equal(got, want)

@@ -8,7 +8,7 @@ import threading
 import torch
 
 from kt_core.interfaces import HostFunctions
-from kt_sim.backend import host_functions
+from sim.target import host_functions
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from kt_core.testing import BackendContract
-from kt_sim import SimBackend
+from sim import target
 
 pytestmark = pytest.mark.sim
 
 
-class TestSim(BackendContract):
-    backend = SimBackend()
-    device = "sim:1"
+class TestAccelerator(BackendContract):
+    backend = target.BACKEND
+    device = "sim:1" if target.IS_SIM else None

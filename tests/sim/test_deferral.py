@@ -11,8 +11,9 @@ from kt_core.moe.host_lane import HostLane, PinnedBuffers
 from kt_core.moe.hybrid_experts import HybridExperts
 from kt_core.testing import reference
 from kt_core.testing.backend_harness import is_within, random_pairs, worst_of
-from kt_sim import SimBackend
-from sim.test_hybrid_experts import EXACT, REFERENCE, SIM, SPEC, host, kernel_on
+from sim import target
+from sim.target import WHERE, there
+from sim.test_hybrid_experts import EXACT, REFERENCE, SPEC, host, kernel_on
 
 pytestmark = pytest.mark.sim
 __all__ = ["host"]
@@ -21,7 +22,7 @@ HOT = {1, 4, 6}
 
 
 def layers_of(host: ExpertDevice, count: int, deferral: Deferral) -> list[HybridExperts]:
-    device, where = SimBackend().open("sim:0"), torch.device(SIM)
+    device, where = target.opened(), torch.device(WHERE)
     shared, late = PinnedBuffers(), (PinnedBuffers(), PinnedBuffers())
     layers = []
     for index in range(count):
@@ -55,10 +56,7 @@ def test_what_is_put_off_is_added_one_layer_later(host: ExpertDevice, count: int
     layers = layers_of(host, 4, Deferral(count))
     inputs = [random_pairs(SPEC, 6, 3, seed=seed) for seed in range(len(layers))]
     with torch.no_grad():
-        outputs = [
-            layer(pairs.hidden.to(SIM), pairs.expert_ids.to(SIM), pairs.weights.to(SIM)).cpu()
-            for layer, pairs in zip(layers, inputs, strict=True)
-        ]
+        outputs = [layer(*there(pairs)).cpu() for layer, pairs in zip(layers, inputs, strict=True)]
     late = torch.zeros_like(inputs[0].expert_ids, dtype=torch.bool)
     before = None
     for index, pairs in enumerate(inputs):
@@ -88,7 +86,7 @@ def test_off_changes_nothing(host: ExpertDevice) -> None:
     pairs = random_pairs(SPEC, 6, 3)
     for layer in layers_of(host, 2, deferral):
         with torch.no_grad():
-            got = layer(pairs.hidden.to(SIM), pairs.expert_ids.to(SIM), pairs.weights.to(SIM)).cpu()
+            got = layer(*there(pairs)).cpu()
         want, allowed = reference.forward(
             REFERENCE, pairs.hidden, pairs.expert_ids, pairs.weights, EXACT
         )

@@ -22,6 +22,7 @@ from kt_core.errors import (
 )
 from kt_core.interfaces import RoutingStatistics
 from kt_core.placement.statistics import load_statistics, save_statistics
+from sim.target import NAME, WHERE
 
 pytestmark = pytest.mark.sim
 
@@ -48,7 +49,7 @@ def alone() -> Iterator[Engine]:
         yield engine
 
 
-def load(device: str = "sim", **options: Any) -> Engine:
+def load(device: str = NAME, **options: Any) -> Engine:
     return kt_core.load(STORIES, device=device, precision="float32", **(EXACT | options))
 
 
@@ -57,7 +58,7 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The little dog ran\n")
-    command = ["bench", "deferral", str(STORIES), "--prompts", str(prompts), "--device", "sim"]
+    command = ["bench", "deferral", str(STORIES), "--prompts", str(prompts), "--device", NAME]
     command += ["--raw", "--hot-experts", "20%", "--defer", "1", "--json", "--threads", "1"]
     assert run_cli(command) == 0
     (effect,) = json.loads(capsys.readouterr().out)
@@ -76,7 +77,7 @@ def check_logits(engine: Engine, alone: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("device", "hot"),
-    [("sim", "0%"), ("sim", "25%"), ("sim:1", "70%"), ("sim:0,1", "50%"), ("sim", "auto")],
+    [(NAME, "0%"), (NAME, "25%"), (f"{NAME}:1", "70%"), (f"{NAME}:0,1", "50%"), (NAME, "auto")],
 )
 def test_the_same_answer(alone: Engine, device: str, hot: str) -> None:
     want = alone.generate(PROMPT, **GREEDY)
@@ -149,8 +150,8 @@ def test_closing_gives_all_memory_back(alone: Engine) -> None:
     del alone
 
     def used() -> int:
-        torch.accelerator.synchronize("sim:0")
-        return int(torch.accelerator.memory_allocated("sim:0"))
+        torch.accelerator.synchronize(WHERE)
+        return int(torch.accelerator.memory_allocated(WHERE))
 
     before = used()
     with load(hot_experts="50%") as engine:
@@ -169,8 +170,8 @@ def test_closing_gives_all_memory_back(alone: Engine) -> None:
         ({"accelerator_memory": 1 << 20}, NotEnoughMemoryError, "the dense part"),
         ({"dense_format": "int8"}, UnsupportedDenseError, "leave it out"),
         ({"placement": "best"}, UnknownNameError, "best"),
-        ({"device": "sim:0,0"}, UnknownNameError, "once"),
-        ({"device": "sim:7"}, UnknownNameError, "sim:7"),
+        ({"device": f"{NAME}:0,0"}, UnknownNameError, "once"),
+        ({"device": f"{NAME}:7"}, UnknownNameError, f"{NAME}:7"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from kt_core.errors import DeviceError
+from kt_core.hardware.graphs import capture
 from kt_core.interfaces import ExpertDevice, ExpertKernel
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing.backend_harness import Pairs, random_layer, random_pairs
 from kt_core.types import MoeSpec
-from kt_sim import SimBackend
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
+from sim import target
 from sim.host_calls import Note
+from sim.target import WHERE
 
 pytestmark = pytest.mark.sim
 
@@ -23,7 +25,7 @@ FORMAT = next(f.descriptor for f in BUILT_IN_FORMATS if f.descriptor.name == "in
 
 @pytest.fixture
 def opened() -> ExpertDevice:
-    return SimBackend().open("sim:0")
+    return target.opened()
 
 
 def loaded(device: ExpertDevice, experts: range | None = None) -> ExpertKernel:
@@ -34,7 +36,7 @@ def loaded(device: ExpertDevice, experts: range | None = None) -> ExpertKernel:
     return kernel
 
 
-def on_device(pairs: Pairs, where: str = "sim:0") -> tuple[torch.Tensor, ...]:
+def on_device(pairs: Pairs, where: str = WHERE) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(where) for t in (pairs.hidden, pairs.expert_ids, pairs.weights))
 
 
@@ -42,7 +44,7 @@ def test_nobody_waits(opened: ExpertDevice) -> None:
     kernel, arguments = loaded(opened), on_device(random_pairs(SPEC, 5))
     torch.accelerator.synchronize()
     want = kernel.submit(*arguments).wait().cpu()
-    stream, note = torch.Stream("sim"), Note()
+    stream, note = target.stream(), Note()
     note.gate.clear()
     note.launch(stream)
     with stream:
@@ -56,14 +58,15 @@ def test_nobody_waits(opened: ExpertDevice) -> None:
 def test_experts_move_as_bytes_between_devices_and_pinned_memory(opened: ExpertDevice) -> None:
     here, pairs = loaded(opened), random_pairs(SPEC, 9)
     want = here.submit(*on_device(pairs)).wait().cpu()
-    there = SimBackend().open("sim:1").expert_kernel(SPEC, FORMAT)
+    other = target.opened(1)
+    there = other.expert_kernel(SPEC, FORMAT)
     back = opened.expert_kernel(SPEC, FORMAT)
     held = []  # pinned memory must live until the copy is done
     for index in range(SPEC.num_experts):
         there.load_packed(index, here.packed(index))
         held.append(there.packed(index).cpu().pin_memory())
         back.load_packed(index, held[-1])
-    assert torch.equal(there.submit(*on_device(pairs, "sim:1")).wait().cpu(), want)
+    assert torch.equal(there.submit(*on_device(pairs, other.info.torch_device)).wait().cpu(), want)
     assert torch.equal(back.submit(*on_device(pairs)).wait().cpu(), want)
 
 
@@ -71,7 +74,7 @@ def test_loading_from_pinned_memory_does_not_wait(opened: ExpertDevice) -> None:
     source, pairs = loaded(opened), random_pairs(SPEC, 4)
     pinned = [source.packed(index).cpu().pin_memory() for index in range(SPEC.num_experts)]
     kernel, arguments = opened.expert_kernel(SPEC, FORMAT), on_device(pairs)
-    stream, note = torch.Stream("sim"), Note()
+    stream, note = target.stream(), Note()
     torch.accelerator.synchronize()
     note.gate.clear()
     note.launch(stream)
@@ -89,7 +92,7 @@ def test_an_expert_leaves_in_the_order_of_the_stream(opened: ExpertDevice) -> No
     """Work that was submitted before still finds it, even where its memory is wanted at once."""
     kernel, arguments = loaded(opened), on_device(random_pairs(SPEC, 4))
     want = kernel.submit(*arguments).wait().cpu()
-    stream, note = torch.Stream("sim"), Note()
+    stream, note = target.stream(), Note()
     torch.accelerator.synchronize()
     note.gate.clear()
     note.launch(stream)
@@ -100,7 +103,7 @@ def test_an_expert_leaves_in_the_order_of_the_stream(opened: ExpertDevice) -> No
         after = kernel.submit(*arguments).wait()
     bytes_per_expert = kernel.bytes_per_expert
     rubbish = [  # in another stream, which does not stand still
-        torch.full((bytes_per_expert,), 255, dtype=torch.uint8, device="sim") for _ in range(8)
+        torch.full((bytes_per_expert,), 255, dtype=torch.uint8, device=WHERE) for _ in range(8)
     ]
     torch.accelerator.current_stream().synchronize()
     note.gate.set()
@@ -113,10 +116,8 @@ def test_an_expert_leaves_in_the_order_of_the_stream(opened: ExpertDevice) -> No
 def test_a_layer_is_captured(opened: ExpertDevice) -> None:
     kernel = loaded(opened)
     first, second = random_pairs(SPEC, 3, seed=1), random_pairs(SPEC, 3, seed=2)
-    arguments, out = on_device(first), torch.zeros(3, SPEC.hidden_size, device="sim")
-    torch.accelerator.synchronize()
-    graph = torch.accelerator.Graph()
-    with torch.Stream("sim"), graph:
+    arguments, out = on_device(first), torch.zeros(3, SPEC.hidden_size, device=WHERE)
+    with capture(torch.device(WHERE)) as graph:
         out.copy_(kernel.submit(*arguments).wait())
     for pairs in (first, second):
         for static, fresh in zip(arguments, on_device(pairs), strict=True):
@@ -202,5 +203,5 @@ def test_a_lost_device_says_so(opened: ExpertDevice, device: NativeDevice) -> No
 
 def test_tensors_elsewhere_are_refused(opened: ExpertDevice) -> None:
     kernel, pairs = loaded(opened), random_pairs(SPEC, 2)
-    with pytest.raises(ValueError, match=r"hidden must be on sim:0, got cpu"):
+    with pytest.raises(ValueError, match=rf"hidden must be on {WHERE}, got cpu"):
         kernel.submit(pairs.hidden, pairs.expert_ids, pairs.weights)

@@ -10,8 +10,9 @@ from torch import nn
 
 from kt_sim.native import NativeDevice
 from sim.host_calls import Note
+from sim.target import only_sim
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 
 
 def capture(step: object, *, stream: torch.Stream | None = None) -> torch.accelerator.Graph:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kt_core.errors import DeviceError
+from kt_core.hardware.graphs import capture
 from kt_core.interfaces import ExpertDevice, ExpertId, ExpertKernel, HostFunctions, Swap
 from kt_core.moe.expert_mover import ExpertMover
 from kt_core.moe.host_lane import HostLane, PinnedBuffers
@@ -20,9 +21,9 @@ from kt_core.testing import reference
 from kt_core.testing.backend_harness import is_within, random_layer, random_pairs, worst_of
 from kt_core.types import ActivationPrecision, MoeSpec
 from kt_cpu.backend import CpuBackend
-from kt_sim import SimBackend
 from kt_sim.native import NativeDevice
-from kt_sim.settings import parse
+from sim import target
+from sim.target import WHERE, there
 
 pytestmark = pytest.mark.sim
 
@@ -30,7 +31,6 @@ SPEC = MoeSpec(num_experts=8, hidden_size=64, intermediate_size=96)
 FORMAT = next(f for f in BUILT_IN_FORMATS if f.descriptor.name == "int4-g32")
 WEIGHTS = random_layer(SPEC)
 REFERENCE = reference.layer(SPEC, FORMAT, WEIGHTS)
-SIM = "sim:0"
 EXACT = ActivationPrecision.FLOAT32  # so that host and device compute the same numbers
 
 
@@ -54,23 +54,23 @@ def hybrid(
     buffers: PinnedBuffers | None = None,
 ) -> HybridExperts:
     """A layer whose experts ``hot[n]`` live on simulated device n, and all others on the host."""
-    devices = [SimBackend().open(f"sim:{index}") for index in range(len(hot))]
+    devices = [target.opened(index) for index in range(len(hot))]
     functions: HostFunctions | None = devices[0].host_functions if calls_host else None
     cold = set(range(SPEC.num_experts)) - set().union(*hot)
     lanes: list[ExpertKernel] = [
-        HostLane(kernel_on(host, cold), torch.device(SIM), functions, buffers or PinnedBuffers()),
+        HostLane(kernel_on(host, cold), torch.device(WHERE), functions, buffers or PinnedBuffers()),
         kernel_on(devices[0], hot[0]),
     ]
     for device, experts in zip(devices[1:], hot[1:], strict=True):
         where = torch.device(device.info.torch_device)
         lanes.append(PeerLane(kernel_on(device, experts), where))
-    return HybridExperts(SPEC, lanes, device=torch.device(SIM)).eval()
+    return HybridExperts(SPEC, lanes, device=torch.device(WHERE)).eval()
 
 
 def check(layer: HybridExperts, tokens: int, seed: int = 0) -> None:
     pairs = random_pairs(SPEC, tokens, 3, seed=seed)
     with torch.no_grad():
-        got = layer(pairs.hidden.to(SIM), pairs.expert_ids.to(SIM), pairs.weights.to(SIM)).cpu()
+        got = layer(*there(pairs)).cpu()
     want, allowed = reference.forward(
         REFERENCE, pairs.hidden, pairs.expert_ids, pairs.weights, EXACT
     )
@@ -106,12 +106,12 @@ def test_nobody_waits_for_the_host(host: ExpertDevice) -> None:
     from sim.host_calls import Note
 
     layer, pairs = hybrid(host, {0, 1}), random_pairs(SPEC, 4, 3)
-    arguments = [t.to(SIM) for t in (pairs.hidden, pairs.expert_ids, pairs.weights)]
+    arguments = there(pairs)
     with torch.no_grad():
         want = layer(*arguments).cpu()
     note = Note()
     note.gate.clear()
-    stream = torch.accelerator.current_stream(SIM)
+    stream = torch.accelerator.current_stream(WHERE)
     note.launch(stream)
     with torch.no_grad():
         out = layer(*arguments)
@@ -122,14 +122,13 @@ def test_nobody_waits_for_the_host(host: ExpertDevice) -> None:
 
 def test_a_captured_call_follows_its_inputs_and_the_table(host: ExpertDevice) -> None:
     layer, pairs = hybrid(host, {2, 3}), random_pairs(SPEC, 2, 3)
-    arguments = [t.to(SIM) for t in (pairs.hidden, pairs.expert_ids, pairs.weights)]
+    arguments = there(pairs)
     with torch.no_grad():
         layer(*arguments)  # not within the capture: it makes what is made once
-        graph = torch.accelerator.Graph()
-        stream = torch.Stream(SIM)
-        with stream, graph:
+        stream = target.stream()
+        with capture(torch.device(WHERE), stream) as graph:
             out = layer(*arguments)
-    mover = ExpertMover([layer], torch.device(SIM))
+    mover = ExpertMover([layer], torch.device(WHERE))
     for seed in range(4):
         if seed == 2:
             mover.begin([Swap(ExpertId(0, 5), (ExpertId(0, 2),))])
@@ -138,8 +137,8 @@ def test_a_captured_call_follows_its_inputs_and_the_table(host: ExpertDevice) ->
         for held, new in zip(
             arguments, (other.hidden, other.expert_ids, other.weights), strict=True
         ):
-            held.copy_(new.to(SIM))
-        torch.accelerator.synchronize(SIM)
+            held.copy_(new.to(WHERE))
+        torch.accelerator.synchronize(WHERE)
         with stream:
             graph.replay()
         stream.synchronize()
@@ -153,13 +152,13 @@ def test_a_captured_call_follows_its_inputs_and_the_table(host: ExpertDevice) ->
 def test_a_captured_call_outlives_the_calls_that_are_kept(host: ExpertDevice) -> None:
     """As many sizes as make a lane forget its calls; the one that was there before, too."""
     layer, pairs = hybrid(host, {2, 3}), random_pairs(SPEC, 2, 3)
-    arguments = [t.to(SIM) for t in (pairs.hidden, pairs.expert_ids, pairs.weights)]
+    arguments = there(pairs)
     lane = layer.kernels[0]
     assert isinstance(lane, HostLane)
     with torch.no_grad():
         want = layer(*arguments).cpu()
-        graph, stream = torch.accelerator.Graph(), torch.Stream(SIM)
-        with stream, graph:
+        stream = target.stream()
+        with capture(torch.device(WHERE), stream) as graph:
             out = layer(*arguments)
         (kept,) = lane._captured
         assert kept not in {call for call, _ in lane._calls.values()}
@@ -171,14 +170,14 @@ def test_a_captured_call_outlives_the_calls_that_are_kept(host: ExpertDevice) ->
     assert torch.equal(out.cpu(), want)
 
 
-def test_experts_move_while_the_layer_runs(host: ExpertDevice, device: NativeDevice) -> None:
+def test_experts_move_while_the_layer_runs(
+    host: ExpertDevice, maybe_device: NativeDevice | None
+) -> None:
     """Calls in between are right at any moment, and in the end each expert lies in one place."""
     layer = hybrid(host, {0, 1, 2})
     # Slow enough for calls to pass while copies are under way.
-    device.configure(
-        **parse("devices=2,memory_gib=0.25,link_gb_s=0.002,link_latency_us=50").native()
-    )
-    mover, dice = ExpertMover([layer], torch.device(SIM)), random.Random(1)
+    target.configure(maybe_device, "devices=2,memory_gib=0.25,link_gb_s=0.002,link_latency_us=50")
+    mover, dice = ExpertMover([layer], torch.device(WHERE)), random.Random(1)
     for seed in range(25):
         if mover.is_idle:
             hot = sorted(layer.kernels[1].resident())
@@ -199,15 +198,15 @@ def test_experts_move_while_the_layer_runs(host: ExpertDevice, device: NativeDev
 
 def test_moving_leaks_nothing(host: ExpertDevice) -> None:
     layer = hybrid(host, {0})
-    mover = ExpertMover([layer], torch.device(SIM))
+    mover = ExpertMover([layer], torch.device(WHERE))
 
     def there_and_back() -> int:
         for load, evict in ((1, 0), (0, 1)):
             mover.begin([Swap(ExpertId(0, load), (ExpertId(0, evict),))])
             mover.finish()
             check(layer, tokens=3)
-        torch.accelerator.synchronize(SIM)
-        return int(torch.accelerator.memory_allocated(SIM))
+        torch.accelerator.synchronize(WHERE)
+        return int(torch.accelerator.memory_allocated(WHERE))
 
     first = there_and_back()
     assert [there_and_back() for _ in range(5)] == [first] * 5
@@ -239,8 +238,8 @@ def test_an_error_on_the_host_reaches_the_caller(host: ExpertDevice) -> None:
     lane.unload(3)  # behind the table's back
     ids = torch.full_like(pairs.expert_ids, 3)
     with torch.no_grad():
-        out = layer(pairs.hidden.to(SIM), ids.to(SIM), pairs.weights.to(SIM))
-    torch.accelerator.synchronize(SIM)
+        out = layer(pairs.hidden.to(WHERE), ids.to(WHERE), pairs.weights.to(WHERE))
+    torch.accelerator.synchronize(WHERE)
     assert not out.cpu().any()
     with pytest.raises(RuntimeError, match="expert 3"):
         lane.raise_error()
@@ -254,7 +253,7 @@ def test_a_device_without_memory_leaves_the_expert_on_the_host(
 ) -> None:
     layer = hybrid(host, {0})
     check(layer, tokens=4)
-    mover = ExpertMover([layer], torch.device(SIM))
+    mover = ExpertMover([layer], torch.device(WHERE))
     device.fail_allocations(0, 2)
     for expert in (1, 2):
         mover.begin([Swap(ExpertId(0, expert), ())])
@@ -272,7 +271,7 @@ def test_a_device_without_memory_leaves_the_expert_on_the_host(
 def test_a_lost_device_ends_in_an_error(host: ExpertDevice, device: NativeDevice) -> None:
     layer = hybrid(host, {0, 1})
     pairs = random_pairs(SPEC, 4, 3)
-    arguments = [t.to(SIM) for t in (pairs.hidden, pairs.expert_ids, pairs.weights)]
+    arguments = there(pairs)
     device.lose(0, "it fell off the bus")
     with pytest.raises(Exception, match="fell off the bus") as caught, torch.no_grad():
         layer(*arguments).cpu()

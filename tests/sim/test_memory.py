@@ -11,8 +11,9 @@ import torch
 
 from kt_sim.native import NativeDevice
 from sim.host_calls import Note
+from sim.target import only_sim
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 MIB = 2**20
 
 FAULT = """

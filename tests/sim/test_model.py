@@ -9,11 +9,13 @@ import torch
 from tiny import build_tiny
 from transformers import StaticCache
 
+from kt_core.hardware.graphs import capture
 from kt_core.interfaces import ExpertDevice, ExpertWeights
 from kt_core.moe.hybrid_experts import HybridExperts
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.types import MoeSpec
-from kt_sim import SimBackend
+from sim import target
+from sim.target import WHERE
 
 pytestmark = pytest.mark.sim
 
@@ -26,13 +28,14 @@ def test_the_same_tokens(family: str) -> None:
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
         want = model.generate(PROMPT, **options)
-        model.to("sim")
-        got = model.generate(PROMPT.to("sim"), **options)
-    assert got.device.type == "sim"
+        model.to(WHERE)
+        got = model.generate(PROMPT.to(WHERE), **options)
+    assert got.device == torch.device(WHERE)
     assert got.tolist() == want.tolist()
     assert want.shape == (1, 13)
 
 
+@target.only_sim
 def test_the_same_logits() -> None:
     model = build_tiny("qwen3_moe")
     model.set_attn_implementation("eager")  # the CPU has one of its own for attention
@@ -63,13 +66,12 @@ def test_a_step_of_decoding_is_one_graph() -> None:
     """Router, experts, attention, cache and the choice of the token: nothing waits for the host."""
     model: Any = build_tiny("qwen3_moe")
     want = model.generate(PROMPT, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    stream, graph = torch.Stream("sim"), torch.accelerator.Graph()
-    with torch.no_grad(), SimBackend().open("sim:0") as device:
+    with torch.no_grad(), target.opened() as device:
         pack_experts(model, device)
-        model.to("sim:0")
+        model.to(WHERE)
         cache = StaticCache(config=model.config, max_cache_len=32)
-        token = model(PROMPT.to("sim"), past_key_values=cache).logits[:, -1:].argmax(-1)
-        position = torch.full((1, 1), PROMPT.shape[1], device="sim")
+        token = model(PROMPT.to(WHERE), past_key_values=cache).logits[:, -1:].argmax(-1)
+        position = torch.full((1, 1), PROMPT.shape[1], device=WHERE)
 
         def step() -> None:
             logits = model(token, past_key_values=cache, position_ids=position).logits
@@ -79,7 +81,7 @@ def test_a_step_of_decoding_is_one_graph() -> None:
         tokens = [token.item()]
         step()  # what is made once is made here
         tokens.append(token.item())
-        with stream, graph:
+        with capture(torch.device(WHERE)) as graph:
             step()
         for _ in range(6):
             graph.replay()

@@ -9,8 +9,9 @@ from torch import nn
 from kt_sim.device import launch
 from kt_sim.native import NativeDevice
 from sim.host_calls import Note
+from sim.target import only_sim
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 
 
 def test_results_are_those_of_the_cpu() -> None:

@@ -13,12 +13,12 @@ from kt_core.moe.hybrid_experts import HybridExperts
 from kt_core.moe.streamed_layers import StreamRates
 from kt_core.testing import reference
 from kt_core.testing.backend_harness import is_within, random_pairs, worst_of
-from kt_sim import SimBackend
+from sim import target
+from sim.target import WHERE, there
 from sim.test_hybrid_experts import (
     EXACT,
     FORMAT,
     REFERENCE,
-    SIM,
     SPEC,
     WEIGHTS,
     host,
@@ -34,7 +34,7 @@ NEVER = StreamRates(link_bytes_per_s=1.0, host_pairs_per_s=1e18)
 
 def hybrid(host: ExpertDevice, *hot: set[int]) -> HybridLayers:
     """Layers whose experts ``hot[n]`` live on the device in layer n."""
-    device = SimBackend().open("sim:0")
+    device = target.opened()
     layers = HybridLayers([device], EXACT)
     for index, experts in enumerate(hot):
         kernel = kernel_on(host, set(range(SPEC.num_experts)) - experts)
@@ -49,7 +49,7 @@ def hybrid(host: ExpertDevice, *hot: set[int]) -> HybridLayers:
 def check(layer: HybridExperts, tokens: int, seed: int = 0) -> None:
     pairs = random_pairs(SPEC, tokens, 3, seed=seed)
     with torch.no_grad():
-        got = layer(pairs.hidden.to(SIM), pairs.expert_ids.to(SIM), pairs.weights.to(SIM)).cpu()
+        got = layer(*there(pairs)).cpu()
     want, allowed = reference.forward(
         REFERENCE, pairs.hidden, pairs.expert_ids, pairs.weights, EXACT
     )
@@ -82,7 +82,7 @@ def test_the_crossover_is_where_link_and_host_take_equally_long(host: ExpertDevi
 def test_experts_that_moved_are_streamed_from_where_they_are(host: ExpertDevice) -> None:
     layers = hybrid(host, {0, 1}, {2, 3})
     layers.streamed.rates = ALWAYS
-    mover = ExpertMover(layers.layers, torch.device(SIM))
+    mover = ExpertMover(layers.layers, torch.device(WHERE))
     for seed in range(3):
         check(layers.layers[0], tokens=20, seed=seed)  # and then the pass is interrupted
         mover.begin([Swap(ExpertId(1, 4 + seed), (ExpertId(1, 2 if seed == 0 else 3 + seed),))])
@@ -94,7 +94,7 @@ def test_a_long_call_brings_what_the_layer_before_put_off(host: ExpertDevice) ->
     layers = hybrid(host, set(), set())
     layers.deferral.per_token = 1
     pairs = random_pairs(SPEC, 6, 3)
-    arguments = [t.to(SIM) for t in (pairs.hidden, pairs.expert_ids, pairs.weights)]
+    arguments = there(pairs)
     with torch.no_grad():
         first = layers.layers[0](*arguments).cpu()
         layers.streamed.rates = ALWAYS

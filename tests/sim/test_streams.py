@@ -11,8 +11,9 @@ from kt_core.errors import DeviceError
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
 from sim.host_calls import Note
+from sim.target import only_sim
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 
 SLOW_LINK = "devices=2,memory_gib=0.25,link_gb_s=0.1,memory_gb_s=0,float32_tflops=0"
 BYTES = 4_000_000

@@ -1,7 +1,8 @@
-"""The Triton kernels on the host: a backend whose device is Triton's interpreter."""
+"""The Triton kernels: interpreted on the host, or on the GPU whose backend KT_TEST_DEVICE names."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -24,12 +25,16 @@ from kt_triton.kernel import TritonExpertKernel
 from kt_triton.launch import Call
 from kt_triton.layer import Layer
 
+IS_INTERPRETED = not os.environ.get("KT_TEST_DEVICE")
+# Where tensors of calls lie. Torch has one name for the GPUs of both vendors.
+WHERE = "cpu" if IS_INTERPRETED else "cuda:0"
 
-class InterpretedBackend(TorchBackend):
-    """One device, the host, which is no device of torch's accelerators."""
 
-    name = "interpreted"
-    device_type = "cpu"
+class KernelsBackend(TorchBackend):
+    """One device; tests say which kernels it uses."""
+
+    name = "kernels"
+    device_type = torch.device(WHERE).type
 
     def __init__(self, *, is_few: bool | None = None) -> None:
         """Take which kernels to use: those for few tokens, for many, or those that suit."""
@@ -44,8 +49,8 @@ class InterpretedBackend(TorchBackend):
         return [
             DeviceInfo(
                 name=self.name,
-                description="Triton's interpreter",
-                torch_device="cpu",
+                description="Triton's interpreter" if IS_INTERPRETED else "a GPU",
+                torch_device=WHERE,
                 memory_bytes=1 << 30,
             )
         ]
