@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kt_triton.few_tokens import pair_address
-from kt_triton.tiles import to_type
+from kt_triton.tiles import pair_address, to_type
 
 
 @triton.jit

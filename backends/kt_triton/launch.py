@@ -16,18 +16,15 @@ import triton
 from kt_core.packed.layout import PANEL
 from kt_core.types import ActivationPrecision
 from kt_triton.combine import combine
-from kt_triton.few_tokens import down_few, gate_up_few
-from kt_triton.layer import Layer, matrix_tile, streaming_tile
-from kt_triton.many_tokens import down_many, gate_up_many
+from kt_triton.layer import Layer, matrix_tile
 from kt_triton.plan import plan_blocks
+from kt_triton.products import down, gate_up
 from kt_triton.tiles import INTERPRETED
 
 WORKSPACE_BYTES = 256 << 20
 """What lies between the projections takes at most this: more tokens are computed in turns."""
 
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # said, because Triton's default changes
-# Outputs of a program that streams weights: one panel. The interpreter pays by the program.
-_STREAM_OUTPUTS = 256 if INTERPRETED.value else PANEL
 _SUM_OUTPUTS = 512
 _PLAN_PAIRS = 1024
 # How many bfloat16 hold the digits of a number of a type: 8 each.
@@ -57,6 +54,53 @@ class Call(NamedTuple):
         return Call(self.hidden[tokens], self.expert_ids[tokens], self.weights[tokens], table, out)
 
 
+class Cut(NamedTuple):
+    """How a product is cut into programs.
+
+    Attributes:
+        outputs: Outputs of a program, of each of gate and up.
+        inputs: Inputs of a tile, if the format lets them be so many.
+        num_warps: Of a program.
+        num_stages: Tiles that are read ahead, and the one that is multiplied.
+    """
+
+    outputs: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+class Plan(NamedTuple):
+    """How a call is cut.
+
+    Attributes:
+        rows: Rows of a block, which a matrix unit multiplies at once.
+        is_planned: Whether blocks are runs of one expert's pairs, and not pairs.
+        gate_up: The first product.
+        down: The second one.
+    """
+
+    rows: int
+    is_planned: bool
+    gate_up: Cut
+    down: Cut
+
+
+def plan_of(pairs: int, top_k: int, num_experts: int) -> Plan:
+    """Choose by how many pairs an expert has on average: docs/decisions/0017 has measurements."""
+    if INTERPRETED.value:  # which pays by the program
+        cut = Cut(256, 64, 4, 1)
+        return Plan(16, not suits_few(pairs, top_k, num_experts), cut, cut)
+    average = pairs / num_experts
+    if suits_few(pairs, top_k, num_experts):
+        return Plan(16, is_planned=False, gate_up=Cut(64, 128, 4, 4), down=Cut(64, 128, 4, 4))
+    if average <= 16:
+        return Plan(16, is_planned=True, gate_up=Cut(64, 128, 4, 4), down=Cut(64, 128, 4, 4))
+    if average <= 32:
+        return Plan(32, is_planned=True, gate_up=Cut(64, 64, 4, 4), down=Cut(64, 64, 4, 4))
+    return Plan(64, is_planned=True, gate_up=Cut(64, 64, 4, 3), down=Cut(128, 64, 4, 3))
+
+
 def compute(
     layer: Layer, call: Call, precision: ActivationPrecision, *, is_few: bool | None = None
 ) -> None:
@@ -66,7 +110,7 @@ def compute(
         layer: The experts.
         call: The arguments.
         precision: ``BF16``, for hidden states that are bfloat16 already, or ``FLOAT32``.
-        is_few: Whether to take the kernels for few tokens; None for those that suit.
+        is_few: Whether blocks are to be pairs; None for what suits.
     """
     is_bf16 = precision is ActivationPrecision.BF16
     assert not is_bf16 or call.hidden.dtype is torch.bfloat16
@@ -78,100 +122,60 @@ def compute(
         for first in range(0, tokens, turn):
             part = call.turn(slice(first, first + turn))
             pairs = part.expert_ids.numel()
-            few = suits_few(pairs, top_k, layer.spec.num_experts) if is_few is None else is_few
+            plan = plan_of(pairs, top_k, layer.spec.num_experts)
+            if is_few is not None:
+                plan = plan._replace(is_planned=not is_few)
             new = part.hidden.new_empty
             inner = new((pairs, inner_stride), dtype=torch.bfloat16 if is_bf16 else torch.float32)
             outputs = new((pairs, layer.down.outputs), dtype=torch.float32)
-            (_few if few else _many)(layer, part, inner, outputs)
+            _multiply(layer, part, inner, outputs, plan)
             _combine(layer, part, outputs)
 
 
 def suits_few(pairs: int, top_k: int, num_experts: int) -> bool:
     """Return whether so few pairs share an expert that reading it for each costs little.
 
-    With ``num_experts / 2`` pairs at random, some 1.27 of them for each expert that has one. Not
-    measured on a GPU: docs/decisions/0017.
+    With ``num_experts / 2`` pairs at random, some 1.27 of them for each expert that has one.
     """
     return pairs <= max(top_k, num_experts // 2)
 
 
-def _few(layer: Layer, call: Call, inner: torch.Tensor, outputs: torch.Tensor) -> None:
+def _multiply(
+    layer: Layer, call: Call, inner: torch.Tensor, outputs: torch.Tensor, plan: Plan
+) -> None:
+    """Both products of every pair."""
     spec, pairs = layer.spec, len(inner)
-    up, down = streaming_tile(layer.up), streaming_tile(layer.down)
-    gate_up_few[(triton.cdiv(layer.up.outputs, _STREAM_OUTPUTS), pairs)](
-        call.hidden, call.expert_ids, call.table, inner,
+    ids = call.expert_ids
+    order = blocks = ids  # not read where blocks are pairs
+    num_blocks = pairs
+    if plan.is_planned:
+        num_blocks = pairs // plan.rows + spec.num_experts
+        order = ids.new_empty((pairs,), dtype=torch.int32)
+        blocks = ids.new_empty((3, num_blocks), dtype=torch.int32)
+        plan_blocks[(spec.num_experts + 1,)](
+            ids, order, blocks, pairs, num_blocks, NUM_EXPERTS=spec.num_experts,
+            BLOCK=plan.rows, CHUNK=_PLAN_PAIRS, num_warps=4, **_OPTIONS,
+        )  # fmt: skip
+    shared = {
+        "NUM_EXPERTS": spec.num_experts, "INNER_STRIDE": inner.stride(0), "ROWS": plan.rows,
+        "IS_PLANNED": plan.is_planned, **_OPTIONS,
+    }  # fmt: skip
+    cut = plan.gate_up
+    tile = matrix_tile(layer.up, cut.inputs)
+    gate_up[(num_blocks, triton.cdiv(layer.up.outputs, cut.outputs))](
+        call.hidden, ids, order, blocks, num_blocks, call.table, inner,
         GATE=layer.gate, UP=layer.up, ACTIVATION=spec.activation, GATE_BIAS=layer.gate_bias,
-        UP_BIAS=layer.up_bias, NUM_EXPERTS=spec.num_experts, TOP_K=call.expert_ids.shape[1],
-        INNER_STRIDE=inner.stride(0), OUTPUTS=_STREAM_OUTPUTS,
-        STEP_GROUPS=up.step_groups, GROUP_ROWS=up.group_rows, num_warps=4, **_OPTIONS,
+        UP_BIAS=layer.up_bias, TOP_K=ids.shape[1], PARTS=_PARTS[call.hidden.dtype],
+        OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows,
+        num_warps=cut.num_warps, num_stages=cut.num_stages, **shared,
     )  # fmt: skip
-    down_few[(triton.cdiv(layer.down.outputs, _STREAM_OUTPUTS), pairs)](
-        inner, call.expert_ids, call.table, outputs,
-        DOWN=layer.down, DOWN_BIAS=layer.down_bias, NUM_EXPERTS=spec.num_experts,
-        INNER_STRIDE=inner.stride(0), OUTPUTS=_STREAM_OUTPUTS,
-        STEP_GROUPS=down.step_groups, GROUP_ROWS=down.group_rows, num_warps=4, **_OPTIONS,
-    )  # fmt: skip
-
-
-class Blocking(NamedTuple):
-    """How a product is cut for the matrix units.
-
-    Attributes:
-        rows: Pairs of a block.
-        outputs: Outputs of a program, of each of gate and up.
-        num_warps: Of a program.
-    """
-
-    rows: int
-    outputs: int
-    num_warps: int
-
-
-def blocking(pairs: int, num_experts: int, tile_inputs: int) -> Blocking:
-    """Choose by how many pairs an expert has on average.
-
-    With 128 rows registers spill on RDNA; not measured otherwise: docs/decisions/0017.
-
-    Args:
-        pairs: Of a turn.
-        num_experts: Of the layer.
-        tile_inputs: Inputs multiplied at once. From 64 rows on Triton 3.9 takes Hopper's wgmma,
-            for which it finds no layout of 16 or 32 inputs, and ends the compilation.
-    """
-    average = pairs / num_experts
-    if INTERPRETED.value:
-        return Blocking(16, 256, 4)
-    if average <= 16:
-        return Blocking(16, 64, 4)
-    if average <= 32 or tile_inputs < 64:
-        return Blocking(32, 64, 4)
-    return Blocking(64, 64, 8)
-
-
-def _many(layer: Layer, call: Call, inner: torch.Tensor, outputs: torch.Tensor) -> None:
-    spec, pairs = layer.spec, len(inner)
-    up, down = matrix_tile(layer.up), matrix_tile(layer.down)
-    cut = blocking(pairs, spec.num_experts, up.inputs(layer.up))
-    num_blocks = pairs // cut.rows + spec.num_experts
-    order = call.expert_ids.new_empty((pairs,), dtype=torch.int32)
-    blocks = call.expert_ids.new_empty((3, num_blocks), dtype=torch.int32)
-    plan_blocks[(spec.num_experts + 1,)](
-        call.expert_ids, order, blocks, pairs, num_blocks,
-        NUM_EXPERTS=spec.num_experts, BLOCK=cut.rows, CHUNK=_PLAN_PAIRS, num_warps=4, **_OPTIONS,
-    )  # fmt: skip
-    gate_up_many[(num_blocks, triton.cdiv(layer.up.outputs, cut.outputs))](
-        call.hidden, order, blocks, num_blocks, call.table, inner,
-        GATE=layer.gate, UP=layer.up, ACTIVATION=spec.activation, GATE_BIAS=layer.gate_bias,
-        UP_BIAS=layer.up_bias, TOP_K=call.expert_ids.shape[1], INNER_STRIDE=inner.stride(0),
-        PARTS=_PARTS[call.hidden.dtype], ROWS=cut.rows, OUTPUTS=cut.outputs,
-        STEP_GROUPS=up.step_groups, GROUP_ROWS=up.group_rows, num_warps=cut.num_warps, **_OPTIONS,
-    )  # fmt: skip
-    down_many[(num_blocks, triton.cdiv(layer.down.outputs, cut.outputs))](
-        inner, order, blocks, num_blocks, call.table, outputs,
-        DOWN=layer.down, DOWN_BIAS=layer.down_bias, INNER_STRIDE=inner.stride(0),
-        PARTS=_PARTS[inner.dtype], ROWS=cut.rows, OUTPUTS=cut.outputs,
-        STEP_GROUPS=down.step_groups, GROUP_ROWS=down.group_rows, num_warps=cut.num_warps,
-        **_OPTIONS,
+    cut = plan.down
+    tile = matrix_tile(layer.down, cut.inputs)
+    down[(num_blocks, triton.cdiv(layer.down.outputs, cut.outputs))](
+        inner, ids, order, blocks, num_blocks, call.table, outputs,
+        DOWN=layer.down, DOWN_BIAS=layer.down_bias, PARTS=_PARTS[inner.dtype],
+        OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows,
+        num_warps=cut.num_warps, num_stages=cut.num_stages, **shared,
     )  # fmt: skip
 
 

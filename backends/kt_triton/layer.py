@@ -66,28 +66,19 @@ class Layer:
         )
 
 
-def streaming_tile(matrix: Matrix, rows: int = 64) -> Tile:
-    """Return a tile of about ``rows`` rows, for sums in float32: any number of groups."""
-    if matrix.is_grouped:
-        group_rows = matrix.group // matrix.values_per_word
-        groups = matrix.padded_inputs // matrix.group
-        return Tile(_power_of_two(min(groups, max(1, rows // group_rows))), group_rows)
-    return Tile(1, _power_of_two(min(rows, matrix.padded_inputs // matrix.values_per_word)))
+def matrix_tile(matrix: Matrix, inputs: int = COLUMN_PAD) -> Tile:
+    """Return a tile of ``inputs``, or the part of a group, or groups, that come nearest below.
 
-
-def matrix_tile(matrix: Matrix) -> Tile:
-    """Return a tile for the matrix units: 64 inputs, or a group of fewer that scales its sum.
-
-    Inputs are padded to a multiple of it, and a unit multiplies at least 16 inputs at once, which
-    is the smallest group.
+    A group that scales its sum is a tile, or several are one. Inputs are padded to whole groups of
+    more than 64, and a unit multiplies at least 16 inputs at once, which is the smallest group.
     """
     rows = COLUMN_PAD // matrix.values_per_word
+    wanted = inputs // matrix.values_per_word
     if not matrix.is_grouped:
-        return Tile(1, rows)
-    group_rows = min(rows, matrix.group // matrix.values_per_word)
-    return Tile(1 if matrix.scales_sums else rows // group_rows, group_rows)
-
-
-def _power_of_two(number: int) -> int:
-    """The largest that is not greater."""
-    return 1 << (number.bit_length() - 1)
+        while wanted > rows and matrix.padded_inputs % (wanted * matrix.values_per_word):
+            wanted //= 2
+        return Tile(1, max(rows, wanted))
+    in_group = matrix.group // matrix.values_per_word
+    if in_group >= rows or matrix.scales_sums:
+        return Tile(1, min(wanted, in_group))
+    return Tile(rows // in_group, in_group)

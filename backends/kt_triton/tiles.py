@@ -28,6 +28,16 @@ def expert_address(table, expert):
 
 
 @triton.jit
+def pair_address(table, expert_ids, pair, NUM_EXPERTS: tl.constexpr):
+    """Return where the expert of a pair lies; 0 for a pair that is not ours."""
+    expert = tl.load(expert_ids + pair)
+    is_known = (expert >= 0) & (expert < NUM_EXPERTS)
+    # As int32: an offset of eight bits would count from -128.
+    address = expert_address(table, tl.where(is_known, expert, 0).to(tl.int32))
+    return tl.where(is_known, address, 0)
+
+
+@triton.jit
 def _pointer(address, TYPE: tl.constexpr):
     """An address as a pointer, and that it is one of a row of 64 bytes: so 16 are read at once."""
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 64)
@@ -225,26 +235,26 @@ def load_zeros(address, outputs, group, MATRIX: tl.constexpr):
 
 @triton.jit
 def scale_outputs(sums, address, outputs, MATRIX: tl.constexpr):
-    """Multiply ``[rows, outputs]`` by what an output has one scale of."""
+    """Multiply ``[outputs, rows]`` by what an output has one scale of."""
     if MATRIX.scales_outputs:
         if MATRIX.front > 0:
             first = _pointer(address, tl.float32)
             inside = outputs < MATRIX.panels * 16
             scale = tl.load(first + _panel(outputs, 4, MATRIX), mask=inside, other=0.0)
-            return sums * scale[None, :]
+            return sums * scale[:, None]
         else:
-            return sums * tl.trans(load_scales(address, outputs, tl.arange(0, 1), MATRIX))
+            return sums * load_scales(address, outputs, tl.arange(0, 1), MATRIX)
     else:
         return sums
 
 
 @triton.jit
 def add_bias(sums, address, outputs, START: tl.constexpr, MATRIX: tl.constexpr):
-    """Add a bias to ``[rows, outputs]``; ``START`` is its first byte, -1 where there is none."""
+    """Add a bias to ``[outputs, rows]``; ``START`` is its first byte, -1 where there is none."""
     if START >= 0:
         first = _pointer(address, tl.float32) + START // 4
         inside = outputs < MATRIX.outputs
-        return sums + tl.load(first + outputs, mask=inside, other=0.0)[None, :]
+        return sums + tl.load(first + outputs, mask=inside, other=0.0)[:, None]
     else:
         return sums
 

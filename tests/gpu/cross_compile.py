@@ -37,7 +37,7 @@ TARGETS = {
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
     "gfx1201": GPUTarget("hip", "gfx1201", 32),
 }
-KERNELS = ("plan_blocks", "gate_up_few", "down_few", "gate_up_many", "down_many", "combine")
+KERNELS = ("plan_blocks", "gate_up", "down", "combine")
 SHAPE = MoeSpec(num_experts=128, hidden_size=2048, intermediate_size=768)  # Qwen3-30B-A3B
 TOP_K = 8
 
