@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+from typing import TYPE_CHECKING
 
+from kt_core.errors import DeviceError
 from kt_core.interfaces import HostFunctions
 from kt_core.types import DeviceInfo
 from kt_triton.backend import TritonBackend, hidden_by
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
 
 DRIVER = "libcuda.so.1"
 # bfloat16 on the matrix units: Ampere and later.
@@ -52,11 +60,22 @@ class CudaBackend(TritonBackend):
             f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or later; choose another"
         )
 
-    def host_functions(self) -> HostFunctions:
-        """See ``TorchBackend.host_functions``."""
+    def host_functions(self, device: torch.device) -> HostFunctions:
+        """See ``TorchBackend.host_functions``: by a doorbell, or else as the runtime does it."""
         from kt_core.hardware.runtime_library import RuntimeHostFunctions
 
+        try:
+            return _doorbell(device)
+        except DeviceError as error:
+            _log.info("the host is called by CUDA's runtime, which is slower (%s)", error)
         return RuntimeHostFunctions("cudaLaunchHostFunc", ["libcudart.so.13", "libcudart.so.12"])
+
+
+def _doorbell(device: torch.device) -> HostFunctions:
+    from kt_core.hardware.doorbell import DoorbellHostFunctions
+    from kt_cuda.stream_memory import CudaStreamMemory
+
+    return DoorbellHostFunctions(CudaStreamMemory(DRIVER), device)
 
 
 def _loads(library: str) -> bool:

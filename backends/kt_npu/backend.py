@@ -81,8 +81,9 @@ class NpuBackend(TorchBackend):
             raise UnsupportedFormatError(why)
         return NpuExpertKernel(device, spec, weight_format, precision)
 
-    def host_functions(self) -> HostFunctions:
+    def host_functions(self, device: torch.device) -> HostFunctions:
         """See ``TorchBackend.host_functions``."""
+        del device
         from kt_core.hardware.runtime_library import RuntimeHostFunctions
 
         return RuntimeHostFunctions("aclrtLaunchHostFunc", ["libascendcl.so"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kt_core.interfaces import HostFunctions
 from kt_core.types import DeviceInfo
 from kt_triton.backend import TritonBackend, hidden_by
+
+if TYPE_CHECKING:
+    import torch
 
 # Linux makes it when the driver, amdgpu, is loaded; whoever computes opens it.
 DRIVER_FILE = Path("/dev/kfd")
@@ -51,8 +55,9 @@ class RocmBackend(TritonBackend):
             "choose another device"
         )
 
-    def host_functions(self) -> HostFunctions:
+    def host_functions(self, device: torch.device) -> HostFunctions:
         """See ``TorchBackend.host_functions``."""
+        del device
         from kt_core.hardware.runtime_library import RuntimeHostFunctions
 
         libraries = ["libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"]

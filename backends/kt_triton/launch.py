@@ -8,6 +8,7 @@ routing and any residency.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from kt_core.packed.layout import PANEL
 from kt_core.types import ActivationPrecision
 from kt_triton.combine import combine
 from kt_triton.layer import Layer, matrix_tile
+from kt_triton.matrix import Matrix
 from kt_triton.plan import plan_blocks
 from kt_triton.products import down, gate_up
 from kt_triton.tiles import INTERPRETED
@@ -25,6 +27,7 @@ WORKSPACE_BYTES = 256 << 20
 """What lies between the projections takes at most this: more tokens are computed in turns."""
 
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # said, because Triton's default changes
+_LEAST_SHARED_BYTES = 64 << 10  # of those with matrix units: CDNA3, RDNA3
 _SUM_OUTPUTS = 512
 _PLAN_PAIRS = 1024
 # How many bfloat16 hold the digits of a number of a type: 8 each.
@@ -69,6 +72,30 @@ class Cut(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def fitting(self, matrix: Matrix, matrices: int, rows: int, memory_bytes: int) -> Cut:
+        """Return a cut that takes no more shared memory: fewer tiles ahead, then fewer outputs.
+
+        Tiles ahead lie there as they are packed, as do the activations' of the one in use; what
+        was taken apart passes through, unless it is bfloat16 already; and so do results, in part.
+        """
+        cut = self
+        while True:
+            inputs = matrix_tile(matrix, cut.inputs).inputs(matrix)
+            taken_apart = 0 if matrix.values_per_word == 2 else 2 * cut.outputs * inputs
+            activations = 2 * rows * inputs
+            words = matrices * 4 * cut.outputs * inputs // matrix.values_per_word
+            tiles = (cut.num_stages - 1) * (words + activations) + taken_apart + activations
+            if max(tiles, 4 * cut.outputs * rows) <= memory_bytes:
+                return cut
+            if cut.num_stages > 2:
+                cut = cut._replace(num_stages=cut.num_stages - 1)
+            elif cut.outputs > 16 * cut.num_warps:
+                cut = cut._replace(outputs=cut.outputs // 2)
+            elif cut.num_stages > 1:
+                cut = cut._replace(num_stages=1)
+            else:
+                return cut
+
 
 class Plan(NamedTuple):
     """How a call is cut.
@@ -88,17 +115,21 @@ class Plan(NamedTuple):
 
 def plan_of(pairs: int, top_k: int, num_experts: int) -> Plan:
     """Choose by how many pairs an expert has on average: docs/decisions/0017 has measurements."""
+    is_planned = not suits_few(pairs, top_k, num_experts)
+    average = pairs / num_experts
     if INTERPRETED.value:  # which pays by the program
         cut = Cut(256, 64, 4, 1)
-        return Plan(16, not suits_few(pairs, top_k, num_experts), cut, cut)
-    average = pairs / num_experts
-    if suits_few(pairs, top_k, num_experts):
-        return Plan(16, is_planned=False, gate_up=Cut(64, 128, 4, 4), down=Cut(64, 128, 4, 4))
-    if average <= 16:
-        return Plan(16, is_planned=True, gate_up=Cut(64, 128, 4, 4), down=Cut(64, 128, 4, 4))
-    if average <= 32:
-        return Plan(32, is_planned=True, gate_up=Cut(64, 64, 4, 4), down=Cut(64, 64, 4, 4))
-    return Plan(64, is_planned=True, gate_up=Cut(64, 64, 4, 3), down=Cut(128, 64, 4, 3))
+        return Plan(16, is_planned, cut, cut)
+    if not is_planned:  # as many programs as there can be: nothing else keeps memory busy
+        cut = Cut(16, 128, 1, 4)
+        return Plan(16, is_planned, cut, cut)
+    if average <= 8:
+        cut = Cut(64, 128, 4, 4)
+        return Plan(16, is_planned, cut, cut)
+    if average <= 64:
+        cut = Cut(64, 64, 4, 3)
+        return Plan(32 if average <= 16 else 64, is_planned, cut, cut)
+    return Plan(128, is_planned, Cut(64, 64, 4, 3), Cut(256, 64, 8, 4))
 
 
 def compute(
@@ -160,7 +191,9 @@ def _multiply(
         "NUM_EXPERTS": spec.num_experts, "INNER_STRIDE": inner.stride(0), "ROWS": plan.rows,
         "IS_PLANNED": plan.is_planned, **_OPTIONS,
     }  # fmt: skip
-    cut = plan.gate_up
+    memory_bytes = shared_memory_bytes(call.table.device)
+    matrices = 1 if layer.gate is None else 2
+    cut = plan.gate_up.fitting(layer.up, matrices, plan.rows, memory_bytes)
     tile = matrix_tile(layer.up, cut.inputs)
     gate_up[(num_blocks, triton.cdiv(layer.up.outputs, cut.outputs))](
         call.hidden, ids, order, blocks, num_blocks, call.table, inner,
@@ -169,7 +202,7 @@ def _multiply(
         OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows,
         num_warps=cut.num_warps, num_stages=cut.num_stages, **shared,
     )  # fmt: skip
-    cut = plan.down
+    cut = plan.down.fitting(layer.down, 1, plan.rows, memory_bytes)
     tile = matrix_tile(layer.down, cut.inputs)
     down[(num_blocks, triton.cdiv(layer.down.outputs, cut.outputs))](
         inner, ids, order, blocks, num_blocks, call.table, outputs,
@@ -177,6 +210,15 @@ def _multiply(
         OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows,
         num_warps=cut.num_warps, num_stages=cut.num_stages, **shared,
     )  # fmt: skip
+
+
+@functools.cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have: what every GPU has, or more."""
+    if device.type == "cpu":
+        return _LEAST_SHARED_BYTES
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED_BYTES))
 
 
 def _combine(layer: Layer, call: Call, outputs: torch.Tensor) -> None:

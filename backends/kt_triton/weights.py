@@ -44,7 +44,8 @@ def weights_of(words, zero, scale, MATRIX: tl.constexpr):
         if MATRIX.element == "int8":
             return _in_order_of_4(_int8_pair(words, 0x4140), _int8_pair(words, 0x4342))
         elif MATRIX.element == "fp8":
-            return _in_order_of_4(_fp8_pair(words << 8, words << 4), _fp8_pair(words, words >> 4))
+            front = _scaled(_fp8_pair(words << 8, words << 4), scale, MATRIX)
+            return _in_order_of_4(front, _scaled(_fp8_pair(words, words >> 4), scale, MATRIX))
         elif MATRIX.element == "int4":
             return _int4(words, zero, MATRIX)
         else:
@@ -177,17 +178,22 @@ def _fp8_pair(signs, rest):
 @triton.jit
 def _fp4(words, scale, MATRIX: tl.constexpr):
     return _in_order_of_8(
-        _fp4_pair(words << 12, words << 6, scale, MATRIX),
-        _fp4_pair(words << 8, words << 2, scale, MATRIX),
-        _fp4_pair(words << 4, words >> 2, scale, MATRIX),
-        _fp4_pair(words, words >> 6, scale, MATRIX),
+        _scaled(_fp4_pair(words << 12, words << 6), scale, MATRIX),
+        _scaled(_fp4_pair(words << 8, words << 2), scale, MATRIX),
+        _scaled(_fp4_pair(words << 4, words >> 2), scale, MATRIX),
+        _scaled(_fp4_pair(words, words >> 6), scale, MATRIX),
     )
 
 
 @triton.jit
-def _fp4_pair(signs, rest, scale, MATRIX: tl.constexpr):
-    """As ``_fp8_pair``; then times a scale, of which bfloat16 holds every bit."""
-    pair = _multiply_add(_and_or(signs, _SIGNS, rest & 0x01C001C0), _2_TO_126, _MINUS_0)
+def _fp4_pair(signs, rest):
+    """As ``_fp8_pair``."""
+    return _multiply_add(_and_or(signs, _SIGNS, rest & 0x01C001C0), _2_TO_126, _MINUS_0)
+
+
+@triton.jit
+def _scaled(pair, scale, MATRIX: tl.constexpr):
+    """A pair times a scale that is folded into weights: bfloat16 holds every bit of both."""
     if MATRIX.folds_scale:
         upper = scale.to(tl.int32, bitcast=True)
         both = (upper & -65536) | ((upper >> 16) & 0xFFFF)

@@ -1,17 +1,20 @@
-// kt_core._hardware: CPUID and AMX permission for kt_core.hardware. Conversions only.
+// kt_core._hardware: CPUID, AMX permission and doorbells for kt_core.hardware. Conversions only.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <memory>
 
 #include "cpuid.hpp"
+#include "doorbell.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
+using kt::hardware::Doorbell;
 using kt::hardware::Leaf;
 using kt::hardware::Registers;
 
@@ -45,10 +48,31 @@ Words Get(const Registers& registers) {
   return FromLeaf(registers.*kLeaf);
 }
 
+template <typename Pointer>
+Pointer FromAddress(uintptr_t address) {
+  return reinterpret_cast<Pointer>(address);
+}
+
+struct WithoutGil {
+  void operator()(Doorbell* doorbell) const {
+    const py::gil_scoped_release release;
+    delete doorbell;
+  }
+};
+
+std::unique_ptr<Doorbell, WithoutGil> MakeDoorbell(uintptr_t bells, size_t count) {
+  return std::unique_ptr<Doorbell, WithoutGil>(
+      new Doorbell(FromAddress<Doorbell::Bell*>(bells), count));
+}
+
+uint32_t Number(Doorbell& doorbell, uintptr_t function, uintptr_t argument) {
+  return doorbell.Number(FromAddress<Doorbell::Function>(function), FromAddress<void*>(argument));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_hardware, module) {
-  module.doc() = "CPUID and AMX permission; the contract is in csrc/hardware/cpuid.hpp.";
+  module.doc() = "CPUID, AMX permission, doorbells; the contracts are in csrc/hardware/*.hpp.";
 
   py::class_<Registers>(module, "Registers", "Raw CPUID leaves [eax, ebx, ecx, edx] and XCR0.")
       .def(py::init(&MakeRegisters), py::kw_only(), py::arg("leaf0") = kZeros,
@@ -69,4 +93,11 @@ PYBIND11_MODULE(_hardware, module) {
   module.def("brand", &kt::hardware::Brand, py::arg("registers"));
   module.def("request_amx_permission", &kt::hardware::RequestAmxPermission);
   module.def("amx_permitted", &kt::hardware::AmxPermitted);
+
+  // Its thread may wait for the GIL, in a function of Python's: it is not joined while that is held.
+  py::class_<Doorbell, std::unique_ptr<Doorbell, WithoutGil>>(module, "Doorbell")
+      .def(py::init(&MakeDoorbell), py::arg("bells"), py::arg("count"))
+      .def("number", &Number, py::arg("function"), py::arg("argument"),
+           py::call_guard<py::gil_scoped_release>());
+  module.attr("BELL_BYTES") = sizeof(Doorbell::Bell);
 }

@@ -52,8 +52,11 @@ class TorchBackend(Backend):
     ) -> ExpertKernel:
         """Make a kernel; format and precision have been checked."""
 
-    def host_functions(self) -> HostFunctions | None:
+    def host_functions(self, device: torch.device) -> HostFunctions | None:
         """Return what calls host functions in stream order; None where there is no such call.
+
+        Args:
+            device: Whose streams will call.
 
         Raises:
             DeviceError: It should have, and has not.
@@ -107,18 +110,21 @@ class TorchBackend(Backend):
 
 
 class TorchExpertDevice(ExpertDevice):
-    """A device in use by one engine. Streams and memory are torch's: there is nothing to close."""
+    """A device in use by one engine. Streams and memory are torch's."""
 
     threads = 1
 
     def __init__(self, backend: TorchBackend, info: DeviceInfo) -> None:
         """Take a device of the backend."""
+        import torch
+
         self.info = info
         self.capabilities = backend.capabilities(info.name)
         self._backend = backend
         self._is_closed = False
+        device = torch.device(info.torch_device)
         try:
-            self.host_functions: HostFunctions | None = backend.host_functions()
+            self.host_functions: HostFunctions | None = backend.host_functions(device)
         except DeviceError as error:
             _log.warning(
                 "%s: experts on the host will be waited for, which is slower (%s)", info.name, error
@@ -159,5 +165,7 @@ class TorchExpertDevice(ExpertDevice):
         return self._backend.kernel(device, spec, weight_format, precision)
 
     def close(self) -> None:
-        """Make no more kernels."""
+        """Make no more kernels, and call the host no more."""
+        if not self._is_closed and self.host_functions is not None:
+            self.host_functions.close()
         self._is_closed = True

@@ -29,6 +29,9 @@ class HostFunctions(ABC):
             kt_core.errors.DeviceError: The runtime refused; the message has its code.
         """
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """Call nothing any more, once the device is done. By default there is nothing to close."""
+
 
 class HostCallTimes(NamedTuple):
     """When what happened in one call, in nanoseconds of ``time.perf_counter_ns``."""

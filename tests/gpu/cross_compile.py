@@ -37,6 +37,12 @@ TARGETS = {
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
     "gfx1201": GPUTarget("hip", "gfx1201", 32),
 }
+# Bytes of shared memory that a program may have: CUDA's programming guide, technical
+# specifications; AMD's table of accelerator and GPU hardware (LDS).
+SHARED_BYTES = {
+    "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
+    "gfx942": 64 << 10, "gfx950": 160 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10,
+}  # fmt: skip
 KERNELS = ("plan_blocks", "gate_up", "down", "combine")
 SHAPE = MoeSpec(num_experts=128, hidden_size=2048, intermediate_size=768)  # Qwen3-30B-A3B
 TOP_K = 8
@@ -59,6 +65,7 @@ class Compiled:
     has_wide_loads: bool
     spilled_registers: int | None
     binary_bytes: int
+    shared_bytes: int
 
 
 class Recorder:
@@ -99,6 +106,7 @@ def compile_call(
     )
     found: list[tuple[str, Any]] = []
     originals = {kernel: getattr(launch, kernel) for kernel in KERNELS}
+    launch.shared_memory_bytes = lambda _: SHARED_BYTES[target]
     for kernel, original in originals.items():
         setattr(launch, kernel, Recorder(original, lambda *seen: found.append(seen)))
     weight_format = next(f for f in BUILT_IN_FORMATS if f.descriptor.name == name).descriptor
@@ -125,6 +133,7 @@ def compile_call(
             has_wide_loads=bool(WIDE_LOAD.search(text)),
             spilled_registers=int(spills.group(1)) if spills else None,
             binary_bytes=len(binary),
+            shared_bytes=compiled.metadata.shared,
         )
 
 
@@ -140,7 +149,7 @@ def main() -> None:
     bf16, float32 = ActivationPrecision.BF16, ActivationPrecision.FLOAT32
     for target in targets:
         for word in words:
-            calls = [(word, tokens, bf16, SILU) for tokens in (1, 2048)]
+            calls = [(word, tokens, bf16, SILU) for tokens in (1, 128, 4096)]
             if word == "activations":
                 calls = [("bf16", 1, bf16, activation) for activation in activations()]
             elif word == "float32":

@@ -52,10 +52,11 @@ def hybrid(
     *hot: set[int],
     calls_host: bool = True,
     buffers: PinnedBuffers | None = None,
+    functions: HostFunctions | None = None,
 ) -> HybridExperts:
     """A layer whose experts ``hot[n]`` live on simulated device n, and all others on the host."""
     devices = [target.opened(index) for index in range(len(hot))]
-    functions: HostFunctions | None = devices[0].host_functions if calls_host else None
+    functions = functions or (devices[0].host_functions if calls_host else None)
     cold = set(range(SPEC.num_experts)) - set().union(*hot)
     lanes: list[ExpertKernel] = [
         HostLane(kernel_on(host, cold), torch.device(WHERE), functions, buffers or PinnedBuffers()),
