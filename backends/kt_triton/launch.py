@@ -113,13 +113,23 @@ class Plan(NamedTuple):
     down: Cut
 
 
-def plan_of(pairs: int, top_k: int, num_experts: int) -> Plan:
-    """Choose by how many pairs an expert has on average: docs/decisions/0017 has measurements."""
+def plan_of(pairs: int, top_k: int, num_experts: int, *, is_nvidia: bool) -> Plan:
+    """Choose by how many pairs an expert has on average.
+
+    For NVIDIA as measured on an H100; for others, on which nothing was measured, so that no
+    register is spilled: docs/decisions/0017.
+    """
     is_planned = not suits_few(pairs, top_k, num_experts)
     average = pairs / num_experts
     if INTERPRETED.value:  # which pays by the program
         cut = Cut(256, 64, 4, 1)
         return Plan(16, is_planned, cut, cut)
+    if not is_nvidia:
+        if not is_planned or average <= 32:
+            cut = Cut(64, 128, 4, 2)
+            return Plan(16 if average <= 16 else 32, is_planned, cut, cut)
+        cut = Cut(64, 64, 8, 2)
+        return Plan(64, is_planned, cut, cut)
     if not is_planned:  # as many programs as there can be: nothing else keeps memory busy
         cut = Cut(16, 128, 1, 4)
         return Plan(16, is_planned, cut, cut)
@@ -149,11 +159,12 @@ def compute(
     inner_stride = -(-layer.up.outputs // PANEL) * PANEL
     pair_bytes = inner_stride * (2 if is_bf16 else 4) + layer.down.outputs * 4
     turn = max(1, WORKSPACE_BYTES // (top_k * pair_bytes))
-    with _current(call.table.device):
+    where = call.table.device
+    with _current(where):
         for first in range(0, tokens, turn):
             part = call.turn(slice(first, first + turn))
             pairs = part.expert_ids.numel()
-            plan = plan_of(pairs, top_k, layer.spec.num_experts)
+            plan = plan_of(pairs, top_k, layer.spec.num_experts, is_nvidia=is_nvidia(where))
             if is_few is not None:
                 plan = plan._replace(is_planned=not is_few)
             new = part.hidden.new_empty
@@ -210,6 +221,11 @@ def _multiply(
         OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows,
         num_warps=cut.num_warps, num_stages=cut.num_stages, **shared,
     )  # fmt: skip
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """Whether it is what torch calls ``cuda``, and not AMD's."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 @functools.cache

@@ -107,6 +107,7 @@ def compile_call(
     found: list[tuple[str, Any]] = []
     originals = {kernel: getattr(launch, kernel) for kernel in KERNELS}
     launch.shared_memory_bytes = lambda _: SHARED_BYTES[target]
+    launch.is_nvidia = lambda _: target.startswith("sm_")
     for kernel, original in originals.items():
         setattr(launch, kernel, Recorder(original, lambda *seen: found.append(seen)))
     weight_format = next(f for f in BUILT_IN_FORMATS if f.descriptor.name == name).descriptor
