@@ -73,12 +73,12 @@ def matrix_tile(matrix: Matrix, inputs: int = COLUMN_PAD) -> Tile:
     more than 64, and a unit multiplies at least 16 inputs at once, which is the smallest group.
     """
     rows = COLUMN_PAD // matrix.values_per_word
-    wanted = inputs // matrix.values_per_word
+    wanted = max(rows, inputs // matrix.values_per_word)
+    while wanted > rows and matrix.padded_inputs % (wanted * matrix.values_per_word):
+        wanted //= 2
     if not matrix.is_grouped:
-        while wanted > rows and matrix.padded_inputs % (wanted * matrix.values_per_word):
-            wanted //= 2
-        return Tile(1, max(rows, wanted))
+        return Tile(1, wanted)
     in_group = matrix.group // matrix.values_per_word
-    if in_group >= rows or matrix.scales_sums:
+    if in_group >= wanted or matrix.scales_sums:
         return Tile(1, min(wanted, in_group))
-    return Tile(rows // in_group, in_group)
+    return Tile(wanted // in_group, in_group)
