@@ -33,9 +33,10 @@ class HybridLayers:
         self.streamed = StreamedLayers(self.device)
         self._devices = tuple(devices)
         self._precision = precision
-        self._buffers = PinnedBuffers()
+        cold = torch.Stream(device=self.device)
+        self._buffers = PinnedBuffers(cold)
         # What a layer puts off is under way while the next one puts something off.
-        self._late_buffers = (PinnedBuffers(), PinnedBuffers())
+        self._late_buffers = (PinnedBuffers(cold), PinnedBuffers(cold))
         self._slots: dict[tuple[MoeSpec, Format], tuple[ExpertKernel, ExpertKernel]] = {}
 
     def add(
