@@ -217,7 +217,9 @@ def one_layer(calls: dict[str, list[LayerCall]], layer: int) -> dict[str, float]
     """Return the lower quartiles of a layer's passes, in milliseconds, and how they compare."""
 
     def middle(kind: str, name: str) -> float:
-        found = [1e3 * getattr(call, name) for call in calls[kind] if call.layer == layer]
+        found: list[float] = [
+            1e3 * getattr(call, name) for call in calls[kind] if call.layer == layer
+        ]
         return quantiles(found, n=4)[0] if len(found) > 1 else sum(found)
 
     host, accelerator = middle("cold", "host_s"), middle("hot", "accelerator_s")

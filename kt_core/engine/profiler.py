@@ -138,6 +138,8 @@ class Profiler:
         if self._accelerators:
             self._accelerators.mover.timeline = timeline
             self._accelerators.hybrid.streamed.timeline = timeline
+            if self._accelerators.hybrid.beside:
+                self._accelerators.hybrid.beside.timeline = timeline
 
     def _timed(self, kernel: ExpertKernel, layer: int) -> ExpertKernel:
         first = self.timeline.devices[0]

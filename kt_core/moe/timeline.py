@@ -49,6 +49,8 @@ class Kind(StrEnum):
     """Experts on an accelerator."""
     COLD = "cold"
     """Experts on the host."""
+    BESIDE = "beside"
+    """What a block calls beside its experts, in a stream of its own."""
     MOVE = "move"
     """An expert that changes places."""
     STREAMED = "streamed"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import build_tiny
 
 import kt_core
 from kt_core.cli.main import run_cli
@@ -174,6 +175,16 @@ def test_nothing_is_left_behind(engine: Engine) -> None:
     assert (
         engine.accelerators.mover.timeline is engine.accelerators.hybrid.streamed.timeline is None
     )
+
+
+def test_shared_experts_have_a_row(tmp_path: Path) -> None:
+    build_tiny("deepseek_v3").save_pretrained(tmp_path / "model")
+    with kt_core.load(tmp_path / "model", device="sim", format="bf16", threads=1) as engine:
+        assert engine.accelerators is not None
+        layers = len(engine.accelerators.hybrid.layers)
+        with Profiler(engine) as profiler, torch.inference_mode():
+            engine.model(input_ids=torch.tensor([[1, 2]]).to(SIM))
+    assert len(spans_of(profiler, Kind.BESIDE)) == layers > 0
 
 
 def test_two_devices_have_a_row_each() -> None:
