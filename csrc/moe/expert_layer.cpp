@@ -156,12 +156,14 @@ void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_
   }
 }
 
-std::shared_ptr<ForwardJob> ExpertLayer::Submit(const ForwardArgs& args) {
+std::shared_ptr<ForwardJob> ExpertLayer::SubmitForward(const ForwardArgs& args,
+                                                       bool is_unattended) {
   CheckIds(args.expert_ids, args.tokens, args.top_k);
   if (num_mapped_.load(std::memory_order_relaxed) != 0)
     ReadAhead(args.expert_ids, args.tokens * args.top_k);
   auto job = std::make_shared<ForwardJob>(*this, args);
-  pool_->Submit(job);
+  if (is_unattended) pool_->SubmitUnattended(job);
+  else pool_->Submit(job);
   return job;
 }
 

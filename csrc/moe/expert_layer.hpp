@@ -127,7 +127,13 @@ class ExpertLayer {
   void CopyPacked(size_t expert, uint8_t* target) const;
 
   // Throws std::invalid_argument: an id is out of range, or an expert is not resident.
-  std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args);
+  std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args) { return SubmitForward(args, false); }
+  // As Submit, for a caller that does something else before it waits: see ThreadPool, whose
+  // stand-in starts with ExpectUnattended.
+  void ExpectUnattended() { pool_->StartStandIn(); }
+  std::shared_ptr<ForwardJob> SubmitUnattended(const ForwardArgs& args) {
+    return SubmitForward(args, true);
+  }
   std::shared_ptr<Job> SubmitLora(const TrainingArgs& args);
   std::shared_ptr<Job> SubmitBackward(const TrainingArgs& args);
   void Wait(Job& job);
@@ -135,6 +141,7 @@ class ExpertLayer {
  private:
   friend class ForwardJob;
   friend class TrainingJob;
+  std::shared_ptr<ForwardJob> SubmitForward(const ForwardArgs& args, bool is_unattended);
   void CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const;
   // The expert lies in the layer's own memory from now on.
   void BringHome(size_t expert);

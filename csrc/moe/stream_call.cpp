@@ -17,14 +17,16 @@ int64_t Nanoseconds(Clock::time_point time) {
 }  // namespace
 
 StreamCall::StreamCall(std::shared_ptr<ExpertLayer> layer, const ForwardArgs& args)
-    : layer_(std::move(layer)), args_(args) {}
+    : layer_(std::move(layer)), args_(args) {
+  layer_->ExpectUnattended();
+}
 
 StreamCall::~StreamCall() { JoinJob(); }
 
 void StreamCall::StartJob() noexcept {
   if (is_recording_.load()) started_ = Nanoseconds(Clock::now());
   try {
-    job_ = layer_->Submit(args_);
+    job_ = layer_->SubmitUnattended(args_);
   } catch (const std::exception& error) {
     Fail(error.what());
   }

@@ -25,14 +25,15 @@ void Pause() {
 #endif
 }
 
-void WaitFor(const std::atomic<size_t>& counter, size_t wanted) {
+template <typename Value>
+void WaitFor(const std::atomic<Value>& value, Value wanted) {
   for (int i = 0; i < kSpins; ++i) {
-    if (counter.load(std::memory_order_acquire) == wanted) return;
+    if (value.load(std::memory_order_acquire) == wanted) return;
     Pause();
   }
-  for (size_t seen = counter.load(std::memory_order_acquire); seen != wanted;
-       seen = counter.load(std::memory_order_acquire))
-    counter.wait(seen, std::memory_order_acquire);
+  for (Value seen = value.load(std::memory_order_acquire); seen != wanted;
+       seen = value.load(std::memory_order_acquire))
+    value.wait(seen, std::memory_order_acquire);
 }
 
 }  // namespace
@@ -91,6 +92,7 @@ void ThreadPool::Stop() {
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  if (stand_in_.joinable()) stand_in_.join();
 }
 
 std::shared_ptr<Job> ThreadPool::Front() {
@@ -106,7 +108,24 @@ void ThreadPool::Submit(std::shared_ptr<Job> job) {
   wake_.notify_all();
 }
 
+void ThreadPool::StartStandIn() {
+  std::call_once(stand_in_once_, [this] {
+    const Topology::Thread& first = topology_.threads.front();
+    stand_in_ = std::thread([this, node = first.node] { StandIn(node); });
+    const std::vector<int>& cpus =
+        first.cpus.empty() ? topology_.nodes[first.node].cpus : first.cpus;
+    // Where it may not be pinned it runs where the system likes, as the workers then do.
+    if (!cpus.empty()) PinThread(stand_in_, cpus);
+  });
+}
+
+void ThreadPool::SubmitUnattended(std::shared_ptr<Job> job) {
+  job->is_unattended_ = true;
+  Submit(std::move(job));
+}
+
 void ThreadPool::Wait(Job& job) {
+  if (job.is_unattended_) return WaitFor(job.finished_, true);
   if (job.finished_.load(std::memory_order_acquire)) return;
   const size_t node = CallersNode();
   while (!job.finished_.load(std::memory_order_acquire)) {
@@ -136,6 +155,21 @@ void ThreadPool::Work(size_t node) {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
       if (jobs_.empty()) return;  // stop_
+      job = jobs_.front();
+    }
+    Participate(*job, node);
+  }
+}
+
+// As a worker, but only for jobs that want one.
+void ThreadPool::StandIn(size_t node) {
+  const auto is_wanted = [this] { return !jobs_.empty() && jobs_.front()->is_unattended_; };
+  for (;;) {
+    std::shared_ptr<Job> job;
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [&] { return stop_ || is_wanted(); });
+      if (!is_wanted()) return;  // stop_
       job = jobs_.front();
     }
     Participate(*job, node);
@@ -174,6 +208,8 @@ void ThreadPool::Retire(Job& job) {
   if (!jobs_.empty() && jobs_.front().get() == &job) jobs_.pop_front();
   job.finished_at_ = std::chrono::steady_clock::now();
   job.finished_.store(true, std::memory_order_release);
+  if (job.is_unattended_) job.finished_.notify_all();
+  if (!jobs_.empty() && jobs_.front()->is_unattended_) wake_.notify_all();  // the stand-in sleeps
 }
 
 }  // namespace kt

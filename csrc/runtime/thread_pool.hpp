@@ -44,13 +44,16 @@ class Job {
   };
   Taken taken_[Topology::kMaxNodes];
   std::atomic<size_t> done_[kMaxPhases] = {};
+  bool is_unattended_ = false;                         // written before it is submitted
   std::chrono::steady_clock::time_point finished_at_;  // written before finished_
   std::atomic<bool> finished_{false};
 };
 
 // Threads of one engine. Jobs run one after the other, each on all threads: threads - 1 workers,
-// and whoever waits for the job, so that a pool of N never asks for more than N cores. Idle workers
-// sleep. Workers are pinned as the topology says; whoever waits stays free.
+// and whoever waits for the job, so that a pool of N never asks for more than N cores. For a job
+// that nobody will wait for before something else is done, a stand-in does the part of who waits,
+// and who comes in the end only waits. Idle workers sleep. Workers are pinned as the topology says;
+// whoever waits stays free.
 class ThreadPool {
  public:
   explicit ThreadPool(Topology topology);
@@ -63,13 +66,20 @@ class ThreadPool {
   int refusal() const { return refusal_; }  // 0, or the errno of the first worker not pinned
   // May be called from any thread, also while other jobs run. The job must not be shared by pools.
   void Submit(std::shared_ptr<Job> job);
-  // Helps until the job is done. Any number of threads may wait for the same job.
+  // As Submit, with the stand-in, which somebody has started: it runs where the thread that called
+  // StartStandIn first may run, unless the topology says otherwise. That may be called again, and
+  // throws std::system_error where there cannot be another thread.
+  void StartStandIn();
+  void SubmitUnattended(std::shared_ptr<Job> job);
+  // Helps until the job is done; sleeps until then where it has a stand-in. Any number of threads
+  // may wait for the same job.
   void Wait(Job& job);
 
  private:
   void Start();
   void Stop();
   void Work(size_t node);
+  void StandIn(size_t node);
   size_t CallersNode() const;
   size_t RunChunks(Job& job, size_t phase, size_t node);
   void Participate(Job& job, size_t node);
@@ -84,6 +94,8 @@ class ThreadPool {
   std::deque<std::shared_ptr<Job>> jobs_;
   bool stop_ = false;
   std::vector<std::thread> workers_;
+  std::once_flag stand_in_once_;
+  std::thread stand_in_;
 };
 
 }  // namespace kt

@@ -4,34 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_core.cli.output import print_json, progress_bar, remark, write
+from kt_core.cli.profile import profiled
 
 if TYPE_CHECKING:
     from kt_core.engine import Completion, Engine, EngineStats, Timing, TokenEvent
 
 
-def answer(engine: Engine, prompt: Any, *, raw: bool, options: dict[str, Any]) -> None:
+def answer(
+    engine: Engine,
+    prompt: Any,
+    *,
+    raw: bool,
+    options: dict[str, Any],
+    profile: Path | None = None,
+) -> None:
     """Print one answer as it comes, then its statistics on stderr."""
-    try:
-        for event in show_waiting(engine.stream(prompt, raw=raw, **options)):
-            write(event.text)
-    except KeyboardInterrupt:
+    with profiled(engine, profile):
+        try:
+            for event in show_waiting(engine.stream(prompt, raw=raw, **options)):
+                write(event.text)
+        except KeyboardInterrupt:
+            write("\n")
+            raise
         write("\n")
-        raise
-    write("\n")
     assert event.timing is not None
     if event.finish_reason == "length":
         remark(why_cut(event.timing, options))
     remark(f"{speed(event.timing)}; {loading(engine.stats())}")
 
 
-def answer_json(engine: Engine, prompt: Any, *, raw: bool, options: dict[str, Any]) -> None:
+def answer_json(
+    engine: Engine,
+    prompt: Any,
+    *,
+    raw: bool,
+    options: dict[str, Any],
+    profile: Path | None = None,
+) -> None:
     """Print one answer with its statistics as JSON."""
-    with progress_bar("answering"):
+    with profiled(engine, profile) as profiler, progress_bar("answering"):
         completion = engine.generate(prompt, raw=raw, **options)
-    print_json(_report(completion, engine.stats()))
+    report = _report(completion, engine.stats())
+    if profiler is not None:
+        report |= profiler.report()
+    print_json(report)
 
 
 def show_waiting(events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
@@ -60,14 +80,23 @@ def speed(timing: Timing) -> str:
 
 
 def loading(stats: EngineStats) -> str:
-    """Describe how the model was loaded."""
+    """Describe how the model was loaded, and who computes."""
     isa = "" if stats.isa is None else f"{stats.isa}, "
     dense = "" if stats.dense_format == "none" else f", dense layers as {stats.dense_format},"
     return (
         f"loaded in {stats.load_s:.1f} s as {stats.format}{dense} on {stats.device} "
-        f"({isa}{stats.threads} threads), "
+        f"({isa}{stats.threads} threads){_beside(stats)}, "
         f"peak {stats.peak_memory_bytes / 1e9:.2f} GB"
     )
+
+
+def _beside(stats: EngineStats) -> str:
+    """Name the accelerators, and the share of the experts' work that was theirs."""
+    if stats.accelerators is None:
+        return ""
+    rate = stats.accelerators.hit_rate
+    share = "" if rate is None else f" ({rate:.0%} of the experts' work)"
+    return f" and {', '.join(stats.accelerators.devices)}{share}"
 
 
 def _report(completion: Completion, stats: EngineStats) -> dict[str, Any]:

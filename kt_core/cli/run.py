@@ -11,6 +11,7 @@ import typer
 from kt_core.cli import run_options as option
 from kt_core.cli.answer import answer, answer_json
 from kt_core.cli.output import progress_bar, registry_of
+from kt_core.cli.profile import check_target, profiled
 from kt_core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Examples:
 * `kt run ./Qwen3-30B-A3B --format int4 --device cuda --hot-experts 25%` shares the work
 * `kt run ./Qwen3-30B-A3B --format int4 --cache` starts faster the next time
 * `kt run demo < question.txt`
+* `kt run ./Qwen3-30B-A3B --device cuda --profile run.json` shows who waited for whom
 * `kt run demo "Say hello" --json | jq .decode_tokens_per_s`
 """
 
@@ -57,6 +59,7 @@ def run(
     system: option.System = None,
     raw: option.Raw = False,
     as_json: option.AsJson = False,
+    profile: option.Profile = None,
     verbose: option.Verbose = False,
 ) -> None:
     """Answer a prompt, or chat with a model.
@@ -74,6 +77,7 @@ def run(
     if text is None and as_json:
         msg = '--json needs a prompt: kt run MODEL "the prompt" --json, or pipe it in'
         raise InvalidRequestError(msg)
+    check_target(profile)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -99,10 +103,12 @@ def run(
         if text is None:
             from kt_core.cli.chat import chat
 
-            chat(engine, system=system, raw=raw, options=options)
+            with profiled(engine, profile):
+                chat(engine, system=system, raw=raw, options=options)
         else:
             messages = _with_system(text, system)
-            (answer_json if as_json else answer)(engine, messages, raw=raw, options=options)
+            tell = answer_json if as_json else answer
+            tell(engine, messages, raw=raw, options=options, profile=profile)
 
 
 def _bytes(size: str | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -164,6 +165,16 @@ Raw: TypeAlias = Annotated[
     bool, _option("--raw", "", _PROMPT, "Continue the text as it is, without chat template.")
 ]
 AsJson: TypeAlias = Annotated[bool, _option("--json", "", _OUTPUT, JSON_HELP)]
+Profile: TypeAlias = Annotated[
+    Path | None,
+    _option(
+        "--profile",
+        "FILE.json",
+        _OUTPUT,
+        "Write which device was at what, layer by layer, as a Chrome trace; with --json, report "
+        "`overlap` and `time_by_device`, too. Slows the run down a little.",
+    ),
+]
 Verbose: TypeAlias = Annotated[
     bool, _option("--verbose", "", _OUTPUT, "Show what transformers says while it loads.")
 ]

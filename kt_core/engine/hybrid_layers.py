@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kt_core.interfaces import ExpertDevice, ExpertKernel
+from kt_core.moe.beside import BesideStream
 from kt_core.moe.deferral import Deferral, DeferringLane
 from kt_core.moe.host_lane import HostLane, PinnedBuffers
 from kt_core.moe.hybrid_experts import HybridExperts
@@ -23,6 +24,7 @@ class HybridLayers:
         layers: ``kernels[0]`` of each is the host's lane, the others are the devices'.
         deferral: What layers put off for the next one.
         streamed: Brings whole layers to the first device, for long prompts.
+        beside: What blocks call beside their experts; None where it stays in the model's order.
     """
 
     def __init__(self, devices: Sequence[ExpertDevice], precision: ActivationPrecision) -> None:
@@ -31,11 +33,13 @@ class HybridLayers:
         self.deferral = Deferral()
         self.device = torch.device(devices[0].info.torch_device)
         self.streamed = StreamedLayers(self.device)
+        self.beside: BesideStream | None = None
         self._devices = tuple(devices)
         self._precision = precision
-        self._buffers = PinnedBuffers()
+        cold = torch.Stream(device=self.device)
+        self._buffers = PinnedBuffers(cold)
         # What a layer puts off is under way while the next one puts something off.
-        self._late_buffers = (PinnedBuffers(), PinnedBuffers())
+        self._late_buffers = (PinnedBuffers(cold), PinnedBuffers(cold))
         self._slots: dict[tuple[MoeSpec, Format], tuple[ExpertKernel, ExpertKernel]] = {}
 
     def add(

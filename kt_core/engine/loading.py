@@ -26,6 +26,7 @@ from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
 from kt_core.engine.packed_loading import check_packed_sites, packed_formats
+from kt_core.engine.shared_experts import run_shared_beside
 from kt_core.engine.sites import find_sites, split_tied
 from kt_core.engine.stored_experts import RowsByLayout, StoredExperts, find_stored
 from kt_core.engine.transformers_tensors import ExpertTensors, find_sources, index_experts
@@ -314,6 +315,9 @@ def load_model(
         result.to(loader.accelerators.torch_device)  # type: ignore[arg-type]
         result.tie_weights()  # on some devices each got a copy of its own
         loader.accelerators.start(result.dtype)
+        loader.accelerators.hybrid.beside = run_shared_beside(
+            result, loader.accelerators.torch_device
+        )
     return result
 
 

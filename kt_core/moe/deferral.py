@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from kt_core.interfaces import Ticket
+from kt_core.interfaces import HostCallTimes, Ticket
 from kt_core.moe.host_lane import HostLane
 from kt_core.moe.lane import Lane
+from kt_core.moe.timeline import Timeline
 
 
 class Deferral:
@@ -86,6 +87,17 @@ class DeferringLane(Lane):
         super().raise_error()
         if self._late is not None:
             self._late.raise_error()
+
+    def record(self, is_on: bool, timeline: Timeline | None = None) -> None:
+        """See ``Lane.record``."""
+        super().record(is_on, timeline)
+        if self._late is not None:
+            self._late.record(is_on, timeline)
+
+    def take_times(self) -> list[HostCallTimes]:
+        """See ``Lane.take_times``."""
+        late = [] if self._late is None else self._late.take_times()
+        return sorted(super().take_times() + late)
 
 
 class Sum(Ticket):

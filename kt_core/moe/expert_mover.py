@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import torch
 
 from kt_core.interfaces import ExpertId, ExpertKernel, Swap
 from kt_core.moe.hybrid_experts import HybridExperts
+from kt_core.moe.timeline import Kind, Label, Timeline, spanned
 
 if TYPE_CHECKING:
     from kt_core.interfaces.placement_policy import Mask
@@ -53,6 +55,7 @@ class ExpertMover:
         bytes_to_host: Copied back.
         moves: Experts that have arrived.
         given_up: Experts that stayed on the host, since the accelerator had no memory for them.
+        timeline: Where moves are noted; None for nowhere.
     """
 
     def __init__(self, layers: Sequence[HybridExperts], device: torch.device) -> None:
@@ -71,6 +74,7 @@ class ExpertMover:
         self.bytes_to_host = 0
         self.moves = 0
         self.given_up = 0
+        self.timeline: Timeline | None = None
 
     def load_now(self, expert: ExpertId, target: int) -> None:
         """Move an expert from the host before the model runs, and wait until it is there."""
@@ -148,13 +152,13 @@ class ExpertMover:
         packed = from_kernel.packed(move.expert.expert)
         move.staged = self._take_staging(packed.numel())
         if move.target == HOST:
-            with self._copies:
+            with self._copies, self._noted(move):
                 move.staged.copy_(packed, non_blocking=True)
             self.bytes_to_host += packed.numel()
         else:
             move.staged.copy_(packed)
             try:
-                with self._copies:
+                with self._copies, self._noted(move):
                     to_kernel.load_packed(move.expert.expert, move.staged)
             except torch.OutOfMemoryError as error:
                 self._give_up(move, error)
@@ -162,6 +166,12 @@ class ExpertMover:
             self.bytes_to_device += packed.numel()
         move.stage, move.event = _Stage.COPYING, self._copies.record_event()
         self._moves.append(move)
+
+    def _noted(self, move: _Move) -> AbstractContextManager[None]:
+        where = "host" if move.target == HOST else "device"
+        name = f"expert {move.expert.expert} of layer {move.expert.layer} to the {where}"
+        label = Label(Kind.MOVE, f"{self._device} moves", name, move.expert.layer)
+        return spanned(self.timeline, self._copies, label)
 
     def _give_up(self, move: _Move, error: torch.OutOfMemoryError) -> None:
         """Leave an expert where it is: somebody else took the memory that it was to have."""

@@ -1,9 +1,10 @@
 """The way of a layer's cold pairs from an accelerator's stream to the host and back.
 
-The stream copies hidden states, ids and weights to pinned memory, calls the host to start, computes
-what else there is, calls the host again to join, and copies the output back. Nobody on the host
-waits for the stream, ids are read by the called function only, and a stream that is captured
-records all of it.
+A stream of its own copies hidden states, ids and weights to pinned memory, calls the host to start,
+calls it again to join, and copies the output back. The model's stream goes on meanwhile, and waits
+for that one where the output is wanted: so neither the copies nor a host that is slow to return
+from a call keep the accelerator from its own experts. Nobody on the host waits for a stream, ids
+are read by the called function only, and a stream that is captured records all of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from kt_core.hardware.graphs import is_capturing
 from kt_core.interfaces import ExpertKernel, HostCall, HostCallTimes, HostFunctions, Ticket
 from kt_core.moe.lane import Lane
+from kt_core.moe.timeline import Kind, Label, Timeline, spanned
 
 # Calls of one layer that are kept: each number of tokens has its own.
 _MOST_CALLS = 64
@@ -49,9 +51,20 @@ class PinnedBuffers:
     Layers whose calls may be under way at the same time need one of these each.
     """
 
-    def __init__(self) -> None:
-        """Start with none."""
+    def __init__(self, stream: torch.Stream | None = None) -> None:
+        """Start with none.
+
+        Args:
+            stream: The one that passes, which all lanes of a host share; None for a new one.
+        """
         self._buffers: dict[tuple[int, int, torch.dtype], PairBuffers] = {}
+        self._stream = stream
+
+    def stream_on(self, device: torch.device) -> torch.Stream:
+        """Return the stream that fills and reads them."""
+        if self._stream is None:
+            self._stream = torch.Stream(device=device)
+        return self._stream
 
     def take(self, tokens: int, k: int, hidden_size: int, dtype: torch.dtype) -> PairBuffers:
         """Return room for so many tokens. Outgrown buffers live as long as calls that use them."""
@@ -91,9 +104,14 @@ class HostLane(Lane):
         self._device = device
         self._host_functions = host_functions
         self._buffers = buffers
+        self._own = None if host_functions is None else buffers.stream_on(device)
         self._calls: dict[tuple[int, int, torch.dtype], tuple[HostCall, PairBuffers]] = {}
         self._captured: list[HostCall] = []
         self._records = False
+        self._timeline: Timeline | None = None
+        row = f"{device} cold pairs"
+        self._there = Label(Kind.COPY, row, "hidden states to the host")
+        self._back = Label(Kind.COPY, row, "output to the device")
 
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
@@ -104,31 +122,44 @@ class HostLane(Lane):
             return _Done(torch.empty_like(hidden))
         dtype = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
         call, buffers = self._call(tokens, k, dtype)
-        buffers.hidden.copy_(hidden.to(dtype), non_blocking=True)
-        buffers.expert_ids.copy_(expert_ids.to(torch.int64), non_blocking=True)
-        buffers.weights.copy_(weights.to(torch.float32), non_blocking=True)
         stream = torch.accelerator.current_stream(self._device)
-        if call is None or self._host_functions is None:
+        sent = (hidden.to(dtype), expert_ids.to(torch.int64), weights.to(torch.float32))
+        if call is None or self._host_functions is None or self._own is None:
+            _copy(sent, buffers)
             stream.synchronize()
             return _Waited(
                 self.kernel.submit(buffers.hidden, buffers.expert_ids, buffers.weights), hidden
             )
-        self._host_functions.launch(stream, call.start, call.argument)
-        return _Called(self._host_functions, call, buffers.out, hidden)
+        # Made by the model's stream, before the other one goes on: see _Called.
+        out = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+        self._own.wait_event(stream.record_event())
+        with self._own, spanned(self._timeline, self._own, self._there):
+            _copy(sent, buffers)
+        self._host_functions.launch(self._own, call.start, call.argument)
+        return _Called(self, call, (buffers, sent, out), hidden.dtype)
+
+    def join(self, call: HostCall, pinned: torch.Tensor, out: torch.Tensor) -> None:
+        """Let the lane's stream join a call and copy its output; the current one waits for that."""
+        assert self._own is not None
+        assert self._host_functions is not None
+        self._host_functions.launch(self._own, call.join, call.argument)
+        with self._own, spanned(self._timeline, self._own, self._back):
+            out.copy_(pinned, non_blocking=True)
+        torch.accelerator.current_stream(self._device).wait_event(self._own.record_event())
 
     def raise_error(self) -> None:
         """See ``Lane.raise_error``."""
         for call in self._all_calls():
             call.raise_error()
 
-    def record(self, is_on: bool) -> None:
-        """Keep the times of calls from now on, or do not."""
-        self._records = is_on
+    def record(self, is_on: bool, timeline: Timeline | None = None) -> None:
+        """See ``Lane.record``."""
+        self._records, self._timeline = is_on, timeline
         for call in self._all_calls():
             call.record(is_on)
 
     def take_times(self) -> list[HostCallTimes]:
-        """Return the times of calls that the stream has passed, in the order of their starts."""
+        """See ``Lane.take_times``."""
         return sorted(times for call in self._all_calls() for times in call.take_times())
 
     def _all_calls(self) -> list[HostCall]:
@@ -157,6 +188,13 @@ class HostLane(Lane):
         return call, buffers
 
 
+def _copy(sent: tuple[torch.Tensor, ...], buffers: PairBuffers) -> None:
+    for tensor, pinned in zip(
+        sent, (buffers.hidden, buffers.expert_ids, buffers.weights), strict=True
+    ):
+        pinned.copy_(tensor, non_blocking=True)
+
+
 class _Done(Ticket):
     """Nothing was to be done."""
 
@@ -168,31 +206,41 @@ class _Done(Ticket):
 
 
 class _Called(Ticket):
-    """A call that the stream has started, or will."""
+    """A call that the lane's stream has started, or will.
+
+    What that stream reads and writes was allocated by the model's, which therefore waits for it
+    before this lets go of the tensors.
+    """
 
     def __init__(
         self,
-        host_functions: HostFunctions,
+        lane: HostLane,
         call: HostCall,
-        out: torch.Tensor,
-        like: torch.Tensor,
+        tensors: tuple[PairBuffers, tuple[torch.Tensor, ...], torch.Tensor],
+        dtype: torch.dtype,
     ) -> None:
-        self._host_functions: HostFunctions | None = host_functions
+        """Take what was submitted.
+
+        Args:
+            lane: Submitted it.
+            call: Was started.
+            tensors: Pinned memory, what was copied there, and room for the output.
+            dtype: Of the output.
+        """
+        self._lane: HostLane | None = lane
         self._call = call
-        self._out = out
-        self._like = like
-        self._stream = torch.accelerator.current_stream(like.device)
+        self._buffers, self._sent, self._out = tensors
+        self._dtype = dtype
 
     def wait(self) -> torch.Tensor:
-        """Let the stream join the call and copy its output."""
+        """Let the streams join the call and copy its output."""
         self._join()
-        there = self._out.to(device=self._like.device, non_blocking=True)
-        return there.to(self._like.dtype)
+        return self._out.to(self._dtype)
 
     def _join(self) -> None:
-        if self._host_functions is not None:
-            self._host_functions.launch(self._stream, self._call.join, self._call.argument)
-            self._host_functions = None
+        if self._lane is not None:
+            self._lane.join(self._call, self._buffers.out, self._out)
+            self._lane = None
 
     def __del__(self) -> None:
         """Join what nobody waited for: the buffers will be used again."""

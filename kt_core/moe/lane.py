@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kt_core.interfaces import ExpertKernel, ExpertWeights
+from kt_core.interfaces import ExpertKernel, ExpertWeights, HostCallTimes
+from kt_core.moe.timeline import Timeline
 from kt_core.types import ActivationPrecision
 
 
@@ -59,3 +60,17 @@ class Lane(ExpertKernel):
         """
         if isinstance(self.kernel, Lane):
             self.kernel.raise_error()
+
+    def record(self, is_on: bool, timeline: Timeline | None = None) -> None:
+        """Keep the times of calls of the host from now on, or do not.
+
+        Args:
+            is_on: Whether to.
+            timeline: Gets the copies to the host and back; None for nobody.
+        """
+        if isinstance(self.kernel, Lane):
+            self.kernel.record(is_on, timeline)
+
+    def take_times(self) -> list[HostCallTimes]:
+        """Return the times of calls that the stream has passed, in the order of their starts."""
+        return self.kernel.take_times() if isinstance(self.kernel, Lane) else []

@@ -12,19 +12,22 @@ class PeerLane(Lane):
     """A kernel of one accelerator that takes and returns tensors of another one.
 
     Copies between devices are ordered with the current streams of both, as torch does it.
+
+    Attributes:
+        device: Where the kernel computes.
     """
 
     def __init__(self, kernel: ExpertKernel, device: torch.device) -> None:
         """Stand for ``kernel``, which computes on ``device``, wherever hidden states come from."""
         super().__init__(kernel)
-        self._device = device
+        self.device = device
 
     def submit(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> Ticket:
         """See ``ExpertKernel.submit``."""
         there = (
-            tensor.to(self._device, non_blocking=True) for tensor in (hidden, expert_ids, weights)
+            tensor.to(self.device, non_blocking=True) for tensor in (hidden, expert_ids, weights)
         )
         return _Back(self.kernel.submit(*there), hidden.device)
 

@@ -9,6 +9,7 @@ is faster for a call is used.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from kt_core.interfaces import ExpertKernel, Ticket
 from kt_core.moe.deferral import Deferral, DeferringLane, Sum
 from kt_core.moe.lane import Lane
+from kt_core.moe.timeline import Kind, Label, Timeline, spanned
 
 # Copies that are under way at the same time; each has pinned memory for an expert.
 _STAGES = 4
@@ -50,6 +52,7 @@ class StreamedLayers:
         rates: What decides; None to stream nothing.
         streamed: Calls that went this way.
         bytes_to_device: Copied for them.
+        timeline: Where copies are noted; None for nowhere.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,6 +60,7 @@ class StreamedLayers:
         self.rates: StreamRates | None = None
         self.streamed = 0
         self.bytes_to_device = 0
+        self.timeline: Timeline | None = None
         self._hosts: list[ExpertKernel] = []
         self._slots: list[_Slot] = []
         self._made: dict[int, _Slot] = {}
@@ -121,11 +125,16 @@ class StreamedLayers:
             packed = host.packed(expert)
             staged = self._stage(packed.numel())
             staged.copy_(packed)
-            with self._copies:
+            with self._copies, self._noted(layer, expert):
                 slot.kernel.load_packed(expert, staged)
             self._stages.append((staged, self._copies.record_event()))
             self.bytes_to_device += packed.numel()
         slot.filled = self._copies.record_event()
+
+    def _noted(self, layer: int, expert: int) -> AbstractContextManager[None]:
+        name = f"expert {expert} of layer {layer}"
+        label = Label(Kind.STREAMED, f"{self._device} streamed layers", name, layer)
+        return spanned(self.timeline, self._copies, label)
 
     def _stage(self, size: int) -> torch.Tensor:
         """Return pinned memory that no copy reads any more."""

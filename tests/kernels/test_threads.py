@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 
 from kernels.devices import device_for
 from kt_core import hardware
-from kt_core.interfaces import ExpertWeights
+from kt_core.interfaces import ExpertWeights, HostCall
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.types import MoeSpec
 from kt_cpu import CpuBackend, _kernels
@@ -157,6 +158,82 @@ def test_a_topology_that_makes_no_sense(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         _kernels.Device("", nodes, threads)
+
+
+# ---------------------------------------------------------------- for a stream
+
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def host_call(kernel: CpuExpertKernel, tokens: int = 40) -> tuple[HostCall, torch.Tensor]:
+    """A call of what ``compute`` computes, and where its output will be: NaN until then."""
+    ids = torch.arange(2 * tokens).reshape(tokens, 2) % SPEC.num_experts
+    hidden = torch.linspace(-1, 1, tokens * SPEC.hidden_size).reshape(tokens, -1)
+    out = torch.full_like(hidden, torch.nan)
+    return kernel.host_call(hidden, ids, torch.ones(tokens, 2), out), out
+
+
+def start(call: HostCall) -> None:
+    _HOST_FUNCTION(call.start)(call.argument)
+
+
+def join(call: HostCall) -> None:
+    _HOST_FUNCTION(call.join)(call.argument)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_experts_are_computed_before_anybody_waits(wanted: torch.Tensor, threads: int) -> None:
+    """Whoever started them is busy with something else; with one thread, too."""
+    with open_device(pinned(*[()] * threads)) as device:
+        call, out = host_call(loaded(device))
+        call.record(is_on=True)
+        for _ in range(20):
+            out.fill_(torch.nan)
+            start(call)
+            while out.isnan().any():  # until the last number is there: ends without a join
+                time.sleep(0)
+            join(call)
+            assert torch.equal(out, wanted)
+        call.raise_error()
+        assert len(call.take_times()) == 20
+
+
+def test_one_thread_stands_in_for_whoever_waits(wanted: torch.Tensor) -> None:
+    before = task_ids()
+    with open_device(pinned((), (CPUS[0],))) as device:
+        kernel = loaded(device)
+        assert torch.equal(compute(kernel), wanted)
+        workers = task_ids() - before
+        assert len(workers) == 1
+        calls = [host_call(kernel) for _ in range(3)]
+        stand_in = task_ids() - before - workers
+        assert len(stand_in) == 1
+        for call, _ in calls:  # all of them are under way at the same time
+            start(call)
+        assert torch.equal(compute(kernel), wanted)  # and so is one that somebody waits for
+        for call, out in calls:
+            join(call)
+            assert torch.equal(out, wanted)
+        assert task_ids() - before - workers == stand_in
+        del call, calls, kernel
+    assert not stand_in & task_ids()
+
+
+def test_the_stand_in_runs_where_the_first_thread_may() -> None:
+    before = task_ids()
+    with open_device(pinned((CPUS[-1],))) as device:
+        call, _ = host_call(loaded(device))
+        (stand_in,) = task_ids() - before
+        assert allowed_cpus(stand_in) == {CPUS[-1]}
+        del call
+
+
+def test_a_call_that_nobody_joins_is_finished_before_it_goes(wanted: torch.Tensor) -> None:
+    with open_device(pinned(())) as device:
+        call, out = host_call(loaded(device))
+        start(call)
+        del call
+        assert torch.equal(out, wanted)
 
 
 # ---------------------------------------------------------------- out of the way
