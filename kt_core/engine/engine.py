@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
@@ -23,6 +24,7 @@ from kt_core.engine.chat import prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.device_choice import DeviceChoice, choose_devices
 from kt_core.engine.expert_formats import formats_name
+from kt_core.engine.forward_passes import ForwardPasses
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, resolve_model
@@ -63,6 +65,7 @@ def load(
     placement: str = "adaptive",
     accelerator_memory: int | None = None,
     defer: int = 0,
+    graph: bool = True,
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
@@ -88,6 +91,8 @@ def load(
         accelerator_memory: Bytes of each accelerator that may be used; None for all.
         defer: Pairs that each token may put off to the next layer, of those that the host
             computes; see ``kt_core.moe.deferral``. It changes the answer.
+        graph: Capture a step of decoding on an accelerator, and replay it for each token, where
+            device and model can: see ``EngineStats.decode``.
         registry: The plug-ins; None loads the installed ones.
         progress: Told how far loading has come.
 
@@ -158,6 +163,7 @@ def load(
         loader=loader,
         device=opened,
         load_s=time.perf_counter() - start,
+        graph=graph,
     )
 
 
@@ -233,6 +239,7 @@ class Engine:
         loader: ExpertLoader,
         device: ExpertDevice,
         load_s: float,
+        graph: bool = True,
     ) -> None:
         """Made by ``load``."""
         self._model: PreTrainedModel | None = model
@@ -242,6 +249,7 @@ class Engine:
         self._device = device
         self._load_s = load_s
         self._prefixes = PrefixCache()
+        self._passes = ForwardPasses(model, loader.accelerators, graph=graph)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -302,15 +310,31 @@ class Engine:
         tokenizer = self._require_tokenizer()
         is_tokens = not isinstance(prompt, str) and all(isinstance(p, int) for p in prompt)
         tokens = list(prompt) if is_tokens else self.encode(prompt, raw=raw)  # type: ignore[arg-type]
-        accelerators = self._loader.accelerators
-        stream = TokenStream(
-            self.model,
-            tokens,  # type: ignore[arg-type]
-            chosen,
-            self._prefixes,
-            accelerators.after_step if accelerators else None,
-        )
+        stream = self._tokens(tokens, chosen)  # type: ignore[arg-type]
         return _events(stream, TextStream(cast("Decoder", tokenizer), chosen.stop))
+
+    def stream_tokens(self, prompt: Sequence[int], **options: Any) -> TokenStream:
+        """Answer token ids with token ids: for models without a tokenizer.
+
+        Args:
+            prompt: Token ids.
+            options: Fields of ``GenerationOptions``; ``stop`` is of no use here.
+
+        Returns:
+            What yields one token after the other; ``timing`` and ``finish_reason`` are set then.
+
+        Raises:
+            ContextLengthError: As for ``stream``, as is the next one.
+            InvalidRequestError: An option is out of range.
+        """
+        return self._tokens(prompt, _options(options))
+
+    def _tokens(self, prompt: Sequence[int], options: GenerationOptions) -> TokenStream:
+        accelerators = self._loader.accelerators
+        after_step = accelerators.after_step if accelerators else None
+        return TokenStream(
+            self.model, prompt, options, self._prefixes, after_step, self._passes
+        )
 
     def generate(
         self, prompt: Prompt | Sequence[int], *, raw: bool = False, **options: Any
@@ -350,6 +374,7 @@ class Engine:
             if loader.accelerators
             else {device.info.name: sum(site.spec.num_experts for site in sites)},
             accelerators=accelerator_stats(loader.accelerators) if loader.accelerators else None,
+            decode=replace(self._passes.counters),
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
             dense_format=dense.weight_format.name if dense else "none",
@@ -365,7 +390,8 @@ class Engine:
 
         Whoever still holds ``engine.model`` holds its experts and their threads, too.
         """
-        self._prefixes = PrefixCache()
+        self._prefixes.close()
+        self._passes.close()
         self._model = None
         self._loader.sites.clear()
         if (accelerators := self._loader.accelerators) is not None:

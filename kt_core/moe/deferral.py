@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kt_core.interfaces import Ticket
+from kt_core.interfaces import HostCall, Ticket
 from kt_core.moe.host_lane import HostLane
 from kt_core.moe.lane import Lane
 
@@ -86,6 +86,11 @@ class DeferringLane(Lane):
         super().raise_error()
         if self._late is not None:
             self._late.raise_error()
+
+    def take_captured(self) -> list[HostCall]:
+        """See ``Lane.take_captured``."""
+        late = [] if self._late is None else self._late.take_captured()
+        return [*super().take_captured(), *late]
 
 
 class Sum(Ticket):

@@ -8,6 +8,7 @@ records all of it.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,7 @@ class HostLane(Lane):
         self._buffers = buffers
         self._calls: dict[tuple[int, int, torch.dtype], tuple[HostCall, PairBuffers]] = {}
         self._captured: list[HostCall] = []
+        self._taken: weakref.WeakSet[HostCall] = weakref.WeakSet()
         self._records = False
 
     def submit(
@@ -114,12 +116,18 @@ class HostLane(Lane):
                 self.kernel.submit(buffers.hidden, buffers.expert_ids, buffers.weights), hidden
             )
         self._host_functions.launch(stream, call.start, call.argument)
-        return _Called(self._host_functions, call, buffers.out, hidden)
+        return _Called(self._host_functions, call, buffers.out, hidden, stream)
 
     def raise_error(self) -> None:
         """See ``Lane.raise_error``."""
         for call in self._all_calls():
             call.raise_error()
+
+    def take_captured(self) -> list[HostCall]:
+        """See ``Lane.take_captured``. Their errors and times are still asked for here."""
+        taken, self._captured = self._captured, []
+        self._taken.update(taken)
+        return taken
 
     def record(self, is_on: bool) -> None:
         """Keep the times of calls from now on, or do not."""
@@ -132,7 +140,7 @@ class HostLane(Lane):
         return sorted(times for call in self._all_calls() for times in call.take_times())
 
     def _all_calls(self) -> list[HostCall]:
-        return [*(call for call, _ in self._calls.values()), *self._captured]
+        return [*(call for call, _ in self._calls.values()), *self._captured, *self._taken]
 
     def _call(self, tokens: int, k: int, dtype: torch.dtype) -> tuple[HostCall | None, PairBuffers]:
         key = (tokens, k, dtype)
@@ -147,7 +155,7 @@ class HostLane(Lane):
             return None, buffers
         call.record(self._records)
         if is_captured:
-            self._captured.append(call)  # the graph calls it as long as it lives
+            self._captured.append(call)  # the graph calls it as long as it lives: take_captured
             return call, buffers
         if len(self._calls) >= _MOST_CALLS:
             torch.accelerator.synchronize(self._device)  # none of them is under way
@@ -176,12 +184,14 @@ class _Called(Ticket):
         call: HostCall,
         out: torch.Tensor,
         like: torch.Tensor,
+        stream: torch.Stream,
     ) -> None:
         self._host_functions: HostFunctions | None = host_functions
         self._call = call
         self._out = out
         self._like = like
-        self._stream = torch.accelerator.current_stream(like.device)
+        self._stream = stream
+        self._is_captured = is_capturing(stream)
 
     def wait(self) -> torch.Tensor:
         """Let the stream join the call and copy its output."""
@@ -195,7 +205,12 @@ class _Called(Ticket):
             self._host_functions = None
 
     def __del__(self) -> None:
-        """Join what nobody waited for: the buffers will be used again."""
+        """Join what nobody waited for: the buffers will be used again.
+
+        What was to be captured has not begun, if the capture ended before it was joined.
+        """
+        if self._is_captured and not is_capturing(self._stream):
+            return
         self._join()
 
 
