@@ -43,7 +43,7 @@ class _Shared:
     place: torch.Tensor | None = None
 
 
-class DecodeLayer(CacheLayerMixin):
+class DecodeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, ``[1, heads, capacity, size]`` each.
 
     Attributes:
@@ -55,12 +55,13 @@ class DecodeLayer(CacheLayerMixin):
 
     def __init__(self, shared: _Shared) -> None:
         """Start empty; memory is taken with the first token."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
         self._shared = shared
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take memory of the type, on the device and for the heads that the first tokens have."""
+        self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
         self.is_initialized = True
 

@@ -1,8 +1,8 @@
 """One step of decoding of a fixed shape: put together once, captured, and replayed for each token.
 
-What changes from token to token is two numbers, the token and its place. They lie in pinned memory,
-which the graph copies to the device; the graph also copies the logits back. So a step is two writes,
-one replay and one wait, however many layers there are.
+What changes from token to token is two numbers, the token and its place. They lie in pinned
+memory, which the graph copies to the device; it also copies the logits back. So a step is two
+writes, one replay and one wait, however many layers there are.
 """
 
 from __future__ import annotations

@@ -264,6 +264,11 @@ class Engine:
         return self._model
 
     @property
+    def passes(self) -> ForwardPasses:
+        """How the model is called: eagerly, or from graphs."""
+        return self._passes
+
+    @property
     def accelerators(self) -> Accelerators | None:
         """The accelerators and what lies on them; None where the host does it all."""
         return self._loader.accelerators
@@ -333,7 +338,7 @@ class Engine:
         accelerators = self._loader.accelerators
         after_step = accelerators.after_step if accelerators else None
         return TokenStream(
-            self.model, prompt, options, self._prefixes, after_step, self._passes
+            self.model, prompt, options, self._prefixes, after_step, passes=self._passes
         )
 
     def generate(

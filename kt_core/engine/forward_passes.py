@@ -45,6 +45,7 @@ class ForwardPasses:
 
     Attributes:
         counters: How it has done so.
+        is_on: Whether steps may be replayed; may be changed between passes.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ForwardPasses:
         takes = inspect.signature(model.forward).parameters
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.counters = DecodeCounters(why_eager=self._why_eager(graph=graph))
+        self.is_on = True
         self._state: object = None
         self._is_watched = False
         if self.counters.why_eager and graph:
@@ -140,7 +142,7 @@ class ForwardPasses:
 
     @property
     def _may_replay(self) -> bool:
-        return self.counters.why_eager is None and not self._is_watched
+        return self.is_on and self.counters.why_eager is None and not self._is_watched
 
     @property
     def _limit(self) -> int | None:

@@ -155,6 +155,7 @@ class TokenStream:
         options: GenerationOptions,
         prefixes: PrefixCache | None = None,
         after_step: Callable[[int, float], None] | None = None,
+        *,
         passes: ForwardPasses | None = None,
     ) -> None:
         """Check the request.

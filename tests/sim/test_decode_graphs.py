@@ -1,8 +1,7 @@
-"""Steps of decoding from a graph: the same answers as on the host alone, whatever happens between."""
+"""Steps of decoding from a graph: the answers of the host alone, whatever happens between."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 
 import kt_core
 from kt_core.engine import Engine, accelerators
-from kt_core.interfaces import ExpertId, Swap
-from sim.target import NAME, WHERE
+from sim.target import NAME
 
 pytestmark = pytest.mark.sim
 
