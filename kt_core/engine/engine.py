@@ -47,6 +47,8 @@ from kt_core.types import ActivationPrecision, Format
 
 _log = logging.getLogger(__name__)
 
+_CLOSED = "the engine is closed; load the model again"
+
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
 
@@ -249,7 +251,7 @@ class Engine:
         self._device = device
         self._load_s = load_s
         self._prefixes = PrefixCache()
-        self._passes = ForwardPasses(model, loader.accelerators, graph=graph)
+        self._passes: ForwardPasses | None = ForwardPasses(model, loader.accelerators, graph=graph)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -259,13 +261,18 @@ class Engine:
             InvalidRequestError: The engine is closed.
         """
         if self._model is None:
-            msg = "the engine is closed; load the model again"
-            raise InvalidRequestError(msg)
+            raise InvalidRequestError(_CLOSED)
         return self._model
 
     @property
     def passes(self) -> ForwardPasses:
-        """How the model is called: eagerly, or from graphs."""
+        """How the model is called: eagerly, or from graphs.
+
+        Raises:
+            InvalidRequestError: The engine is closed.
+        """
+        if self._passes is None:
+            raise InvalidRequestError(_CLOSED)
         return self._passes
 
     @property
@@ -338,7 +345,7 @@ class Engine:
         accelerators = self._loader.accelerators
         after_step = accelerators.after_step if accelerators else None
         return TokenStream(
-            self.model, prompt, options, self._prefixes, after_step, passes=self._passes
+            self.model, prompt, options, self._prefixes, after_step, passes=self.passes
         )
 
     def generate(
@@ -379,7 +386,7 @@ class Engine:
             if loader.accelerators
             else {device.info.name: sum(site.spec.num_experts for site in sites)},
             accelerators=accelerator_stats(loader.accelerators) if loader.accelerators else None,
-            decode=replace(self._passes.counters),
+            decode=replace(self.passes.counters),
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
             dense_format=dense.weight_format.name if dense else "none",
@@ -396,7 +403,7 @@ class Engine:
         Whoever still holds ``engine.model`` holds its experts and their threads, too.
         """
         self._prefixes.close()
-        self._passes.close()
+        self._passes = None
         self._model = None
         self._loader.sites.clear()
         if (accelerators := self._loader.accelerators) is not None:

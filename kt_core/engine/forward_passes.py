@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from kt_core.engine.decode_cache import DecodeCache, decode_cache, why_no_decode_cache
 from kt_core.engine.decode_step import DecodeStep
-from kt_core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from kt_core.engine.accelerators import Accelerators
@@ -62,7 +61,7 @@ class ForwardPasses:
             accelerators: Where it runs; None for the host.
             graph: Whether steps of decoding are replayed from graphs where they can be.
         """
-        self._open_model: PreTrainedModel | None = model
+        self._model = model
         self._accelerators = accelerators
         takes = inspect.signature(model.forward).parameters
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -72,17 +71,6 @@ class ForwardPasses:
         self._is_watched = False
         if self.counters.why_eager and graph:
             _log.debug("decoding is eager: %s", self.counters.why_eager)
-
-    def close(self) -> None:
-        """Let the model go."""
-        self._open_model, self._accelerators, self._state = None, None, None
-
-    @property
-    def _model(self) -> PreTrainedModel:
-        if self._open_model is None:
-            msg = "the engine is closed; load the model again"
-            raise InvalidRequestError(msg)
-        return self._open_model
 
     def _why_eager(self, *, graph: bool) -> str | None:
         if not graph:
