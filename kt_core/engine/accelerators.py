@@ -124,6 +124,7 @@ class Accelerators:
         self._link: LinkBudget | None = None
         self._counts: torch.Tensor | None = None
         self._seen: NDArray[np.int64] | None = None
+        self._hot: tuple[int, NDArray[np.bool_] | None] = -1, None
         self._lock = threading.Lock()
 
     @property
@@ -218,6 +219,7 @@ class Accelerators:
         assert self._grid is not None
         for layer in self.hybrid.layers:
             layer.refresh_placement()
+        self.hybrid.pass_by_host()
         self._seen = np.zeros(self._grid.shape, dtype=np.int64)
         link_bytes_per_s = self._measure_link()
         if self._online is not None:
@@ -242,10 +244,7 @@ class Accelerators:
         counts, self._seen = total - self._seen, total
         self.counters.tokens += tokens
         self.counters.pairs += int(counts.sum())
-        self.counters.hot_pairs += sum(
-            int(counts[index, : layer.spec.num_experts][layer.is_moved()].sum())
-            for index, layer in enumerate(self.hybrid.layers)
-        )
+        self.counters.hot_pairs += int(counts[self._is_hot(counts.shape)].sum())
         self.mover.advance()
         if self._online is None or self._link is None:
             return
@@ -256,6 +255,19 @@ class Accelerators:
             assert self._grid is not None
             self._link.spend(sum(self._grid.expert_bytes[swap.load.layer] for swap in swaps))
             self.mover.begin(swaps)
+
+    def _is_hot(self, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Return ``[layers, experts]``: which experts accelerators compute; made after moves."""
+        import numpy as np
+
+        changes, mask = self._hot
+        now = sum(layer.changes for layer in self.hybrid.layers)
+        if mask is None or changes != now:
+            mask = np.zeros(shape, dtype=np.bool_)
+            for index, layer in enumerate(self.hybrid.layers):
+                mask[index, : layer.spec.num_experts] = layer.is_moved()
+            self._hot = now, mask
+        return mask
 
     def statistics(self) -> RoutingStatistics:
         """Return how often experts were chosen since the model was loaded."""

@@ -69,11 +69,11 @@ class DecodeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Zeros, because a masked place counts for nothing only if it is no NaN.
         return like.new_zeros(*like.shape[:2], self._shared.capacity, like.shape[3])
 
-    def grow(self) -> None:
-        """Move to buffers of the shared capacity, if these hold less."""
+    def fit(self) -> None:
+        """Move to buffers of the shared capacity, if these are not of it."""
         for name in ("keys", "values"):
             held: torch.Tensor | None = getattr(self, name)
-            if held is not None and held.shape[2] < self._shared.capacity:
+            if held is not None and held.shape[2] != self._shared.capacity:
                 larger = self._buffer(held)
                 larger[:, :, : self.length] = held[:, :, : self.length]
                 setattr(self, name, larger)
@@ -131,6 +131,7 @@ class DecodeCache(Cache):
         super().__init__(layers=list(layers))
         self.step: DecodeStep | None = None
         self._shared = shared
+        self._is_fitting = False  # buffers may be of several capacities
 
     @property
     def is_compileable(self) -> bool:
@@ -158,13 +159,18 @@ class DecodeCache(Cache):
         Args:
             tokens: Of the sequence.
             limit: More than these it will never hold; None where nobody knows.
+
+        Raises:
+            torch.OutOfMemoryError: There is no memory for it. A smaller number may be asked for.
         """
-        if tokens <= self._shared.capacity:
+        if tokens <= self._shared.capacity and not self._is_fitting:
             return
         self.drop_step()
+        self._is_fitting = True
         self._shared.capacity = capacity_for(tokens, limit)
         for layer in self._growing():
-            layer.grow()
+            layer.fit()
+        self._is_fitting = False
 
     def drop_step(self) -> None:
         """Give the captured step's memory back; the tokens stay."""

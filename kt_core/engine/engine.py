@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,10 +21,15 @@ from kt_core.engine.accelerators import (
 )
 from kt_core.engine.chat import prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
-from kt_core.engine.device_choice import DeviceChoice, choose_devices
+from kt_core.engine.device_choice import choose_devices
 from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.forward_passes import ForwardPasses
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
+from kt_core.engine.load_options import (
+    check_threads,
+    chosen_precision_of,
+    packed_dense_format,
+)
 from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, resolve_model
 from kt_core.engine.outline import outline_model
@@ -38,14 +42,10 @@ from kt_core.engine.text_stream import Decoder, TextStream
 from kt_core.errors import (
     InvalidRequestError,
     TokenizerError,
-    UnsupportedDenseError,
-    UnsupportedFormatError,
 )
 from kt_core.interfaces import ExpertDevice, ExpertKernel, Progress, no_progress
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision, Format
-
-_log = logging.getLogger(__name__)
+from kt_core.types import ActivationPrecision
 
 _CLOSED = "the engine is closed; load the model again"
 
@@ -103,15 +103,15 @@ def load(
     """
     start = time.perf_counter()
     registry = registry or plugins.load()
-    chosen_precision = _precision(precision)
-    _check_threads(threads)
+    chosen_precision = chosen_precision_of(precision)
+    check_threads(threads)
     if format != "auto":
         registry.formats.get(format)  # an unknown name fails before anything is fetched
     if defer < 0:
         msg = f"defer must be >= 0, got {defer}"
         raise InvalidRequestError(msg)
     devices = choose_devices(device, registry)
-    packed = _dense_format(dense_format, registry, devices)
+    packed = packed_dense_format(dense_format, registry, devices)
     policy = registry.policies.get(placement)
     directory = resolve_model(model, registry, progress)
     packed_experts = find_packed(directory, registry)
@@ -167,62 +167,6 @@ def load(
         load_s=time.perf_counter() - start,
         graph=graph,
     )
-
-
-def _precision(precision: ActivationPrecision | str) -> ActivationPrecision:
-    try:
-        return ActivationPrecision(precision)
-    except ValueError as error:
-        known = ", ".join(known.value for known in ActivationPrecision)
-        msg = f"precision {precision!r} is unknown; there are: {known}"
-        raise InvalidRequestError(msg) from error
-
-
-def _dense_format(name: str, registry: Registry, devices: DeviceChoice) -> Format | None:
-    """Return what dense layers become, before anything is fetched or opened.
-
-    Raises:
-        UnknownNameError: There is no such format.
-        UnsupportedDenseError: The device computes no dense layers.
-        UnsupportedFormatError: The device does not compute them in this format.
-    """
-    if name == "none":
-        return None
-    descriptor = registry.formats.get(name).descriptor
-    if devices.accelerators:
-        msg = (
-            f"--dense-format {name}: on {devices.accelerators[0].name!r} torch computes dense "
-            "layers, as the checkpoint has them; leave it out, or run on the host"
-        )
-        raise UnsupportedDenseError(msg)
-    device = devices.host.name
-    capabilities = devices.host_backend.capabilities(device)
-    if not capabilities.computes_dense:
-        msg = (
-            f"device {device!r} computes no dense layers, only routed experts: leave them to torch "
-            "(--dense-format none), or choose another device; `kt backends` lists them"
-        )
-        raise UnsupportedDenseError(msg)
-    if not capabilities.computes(descriptor):
-        msg = f"device {device!r} computes no dense layers of format {name!r}; see `kt backends`"
-        raise UnsupportedFormatError(msg)
-    return descriptor
-
-
-def _check_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if threads < 1:
-        msg = f"threads must be >= 1, got {threads}"
-        raise InvalidRequestError(msg)
-    cores = len(hardware.detect().cpu.physical_cores)
-    if threads > cores:
-        _log.warning(
-            "%d threads were asked for, %d physical cores are usable: more threads than cores "
-            "make decoding slower",
-            threads,
-            cores,
-        )
 
 
 class Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class ForwardPasses:
         if cache is None:
             cache = decode_cache(self._model)
         if isinstance(cache, DecodeCache):
-            with torch.inference_mode():
+            # Where there is too little memory, each pass asks for what it needs.
+            with torch.inference_mode(), contextlib.suppress(torch.OutOfMemoryError):
                 cache.reserve(tokens, self._limit)
         return cache
 

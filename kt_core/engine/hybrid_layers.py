@@ -64,6 +64,16 @@ class HybridLayers:
             assert isinstance(lane, Lane)
             lane.raise_error()
 
+    def pass_by_host(self) -> None:
+        """Let no layer call the host, if none has an expert there.
+
+        All or none: a layer that changed sides as experts move would end a captured graph each
+        time.
+        """
+        if all(all(layer.is_moved()) for layer in self.layers):
+            for layer in self.layers:
+                layer.uses_host = False
+
     def why_no_graph(self) -> str | None:
         """Return why a step through all layers cannot be captured, or None if it can."""
         if not can_capture(self.device):
@@ -77,7 +87,8 @@ class HybridLayers:
     def graph_version(self) -> tuple[int, ...]:
         """Return a value that differs once a graph that was captured must not be replayed."""
         changes = sum(kernel.capture_version for layer in self.layers for kernel in layer.kernels)
-        return self.deferral.per_token, changes
+        hosts = sum(layer.uses_host for layer in self.layers)
+        return self.deferral.per_token, changes, hosts
 
     def take_captured(self) -> list[HostCall]:
         """Hand over the host calls that were captured; they must live as long as their graph."""

@@ -120,7 +120,11 @@ class HostLane(Lane):
 
     def raise_error(self) -> None:
         """See ``Lane.raise_error``."""
-        for call in self._all_calls():
+        for call, _ in self._calls.values():
+            call.raise_error()
+        for call in self._captured:
+            call.raise_error()
+        for call in self._taken:
             call.raise_error()
 
     def take_captured(self) -> list[HostCall]:

@@ -97,6 +97,38 @@ def test_a_step_is_replayed(want: tuple[int, ...], hot: str) -> None:
     assert (decode.eager, decode.captures, decode.from_graphs) == (1, 1, got.timing.new_tokens - 2)
 
 
+def test_on_another_device(want: tuple[int, ...]) -> None:
+    if len(target.BACKEND.devices()) < 2:
+        pytest.skip(f"there is one {NAME}")
+    with load(f"{NAME}:1", hot_experts="30%") as engine:
+        assert engine.generate(PROMPT, **GREEDY).token_ids == want
+        assert engine.stats().decode.from_graphs == len(want) - 2
+
+
+def test_the_host_is_passed_by_until_it_has_an_expert(alone: Engine) -> None:
+    tokens = [5, 6, 7, *range(40, 52)]
+    with load(hot_experts="100%") as engine:
+        assert engine.accelerators is not None
+        layers = engine.accelerators.hybrid.layers
+        assert not any(layer.uses_host for layer in layers)
+        steps = Steps(engine, tokens[:3])
+        for token in tokens[3:9]:
+            steps.add(token)
+        host, device = layers[2].kernels
+        for expert in range(8):
+            host.load_packed(expert, device.packed(expert).cpu())
+            layers[2].move_home(expert, 0)
+        assert [layer.uses_host for layer in layers] == [False, False, True, False]
+        for token in tokens[9:]:
+            steps.add(token)
+        decode, stats = engine.stats().decode, engine.stats().accelerators
+    check_logits(steps, alone, tokens)
+    assert decode.captures == 2
+    assert stats is not None
+    assert stats.hit_rate is not None
+    assert 0.8 < stats.hit_rate < 1
+
+
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
 @pytest.mark.parametrize("device", [NAME, TWO])
 def test_any_residency_while_experts_move(
@@ -259,6 +291,63 @@ def test_an_interrupt_leaves_the_engine_usable(
     assert again.timing.cached_tokens > 0, "what was computed before is kept"
     assert decode.why_eager is None
     assert decode.from_graphs > 10
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
+def test_what_an_interrupted_pass_put_off_is_not_added_to_the_next(
+    graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(hot_experts="20%", placement="random", defer=1, graph=graph) as engine:
+        want = engine.generate(PROMPT, **GREEDY).token_ids
+        layer: Any = engine.model.model.layers[2].mlp
+
+        def interrupted(hidden: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate([*range(60, 80)], **GREEDY)
+        assert engine.generate(PROMPT, **GREEDY).token_ids == want
+
+
+def test_an_interrupt_while_buffers_grow(alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_cache, "_SMALLEST", 16)
+    real, calls = decode_cache.DecodeLayer.fit, 0
+
+    def interrupted(self: decode_cache.DecodeLayer) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        real(self)
+
+    tokens = [5, 6, 7, *range(40, 60)]
+    with load(hot_experts="20%") as engine:
+        steps = Steps(engine, tokens[:3])
+        monkeypatch.setattr(decode_cache.DecodeLayer, "fit", interrupted)
+        for token in tokens[3:]:
+            try:
+                steps.add(token)
+            except KeyboardInterrupt:
+                steps.add(token)
+    assert calls == 7  # of four layers, the third one twice
+    check_logits(steps, alone, tokens)
+
+
+def test_without_memory_for_what_may_come_only_the_needed_is_taken(
+    alone: Engine, device: NativeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_cache, "_SMALLEST", 16)
+    tokens = [5, 6, 7, *range(40, 60)]
+    with load(hot_experts="20%", graph=True) as engine:
+        steps = Steps(engine, tokens[:3])
+        device.fail_allocations(0, 1)
+        assert engine.passes.begin(200, steps.cache) is steps.cache
+        for token in tokens[3:]:
+            steps.add(token)
+        assert steps.cache.capacity == 32
+    check_logits(steps, alone, tokens)
 
 
 def test_what_cannot_be_captured_is_decoded_eagerly(
