@@ -118,17 +118,27 @@ class ForwardPasses:
                     if logits is not None:
                         return logits, cache
             self.counters.eager += token_ids.shape[1] == 1
-            with torch.inference_mode():
-                output = self._model(
-                    input_ids=token_ids.to(self._model.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    **self._last_logits_only,
-                )
-            return output.logits[0, -1].cpu(), output.past_key_values
+            is_new = isinstance(cache, DecodeCache) and cache.length == 0
+            try:
+                return self._eager(token_ids, cache)
+            except (AttributeError, TypeError) as error:
+                if not is_new:
+                    raise
+                self._give_up(error, cache)  # the model knows its own kinds of cache only
+                return self._eager(token_ids, None)
         except BaseException:
             self._forget_step()
             raise
+
+    def _eager(self, token_ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=token_ids.to(self._model.device),
+                past_key_values=cache,
+                use_cache=True,
+                **self._last_logits_only,
+            )
+        return output.logits[0, -1].cpu(), output.past_key_values
 
     @property
     def _may_replay(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import kt_core
 from kt_core.engine import Engine, accelerators, decode_cache, generation
@@ -374,6 +375,26 @@ def test_what_cannot_be_captured_is_decoded_eagerly(
     assert "could not be captured" in decode.why_eager
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "--no-graph" in caplog.text
+
+
+def test_a_model_that_wants_its_own_cache_gets_it(
+    want: tuple[int, ...], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(hot_experts="30%", placement="random") as engine:
+        real = engine.model.forward
+
+        def forward(past_key_values: Any = None, **arguments: Any) -> Any:
+            assert past_key_values is None or past_key_values.layers[0].reset_marks is not None
+            return real(past_key_values=past_key_values, **arguments)
+
+        monkeypatch.setattr(DynamicLayer, "reset_marks", (), raising=False)
+        monkeypatch.setattr(engine.model, "forward", forward)
+        for _ in range(2):
+            assert engine.generate(PROMPT, **GREEDY).token_ids == want
+        decode = engine.stats().decode
+    assert decode.why_eager is not None
+    assert "reset_marks" in decode.why_eager
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_who_watches_the_model_sees_every_step(want: tuple[int, ...]) -> None:
