@@ -27,7 +27,7 @@ import torch
 
 # Packed once, and copied to all experts: bytes of an expert are like those of any other.
 DISTINCT = 4
-QWEN3_30B_A3B = {
+QWEN3_30B_A3B: dict[str, Any] = {
     "hidden_size": 2048,
     "moe_intermediate_size": 768,
     "num_experts": 128,
@@ -37,7 +37,7 @@ QWEN3_30B_A3B = {
     "head_dim": 128,
     "vocab_size": 151936,
 }
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64,
     "moe_intermediate_size": 32,
     "num_experts": 8,
@@ -143,7 +143,9 @@ def write_model(folder: Path, model_config: Any, format_name: str) -> None:
         intermediate_size=model_config.moe_intermediate_size,
     )
     packed = packed_experts(spec, descriptor)
-    files, weight_map, layers = {}, {}, {}
+    files: dict[str, Any] = {}
+    weight_map: dict[str, str] = {}
+    layers: dict[str, PackedLayer] = {}
     for index in range(model_config.num_hidden_layers):
         file = f"experts-{index:05}.safetensors"
         layer = PackedLayer.of(f"model.layers.{index}.mlp.experts", file, spec, descriptor)
@@ -215,6 +217,7 @@ def measure(directory: Path, hot: float, options: argparse.Namespace) -> Row:
             taken = [decoding.step(token) for token in tokens.tolist()]
             times[engine.passes.is_on] += taken[WARM_UP:]
         stats = engine.stats()
+    assert stats.accelerators is not None
     eager, graph = (1e3 * median(times[is_on]) for is_on in (False, True))
     return Row(
         hot_percent=hot,

@@ -347,6 +347,8 @@ class Engine:
         Whoever still holds ``engine.model`` holds its experts and their threads, too.
         """
         self._prefixes.close()
+        if self._passes is not None:
+            self._passes.is_on = False  # a stream under way must not call what is closed
         self._passes = None
         self._model = None
         self._loader.sites.clear()
