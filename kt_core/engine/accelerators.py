@@ -139,14 +139,19 @@ class Accelerators:
         sizes = [device.info.memory_bytes for device in self.devices]
         return sum(size if limit is None else min(size, limit) for size in sizes)
 
-    def make_room(self, outline: ModelOutline) -> None:
+    def make_room(self, outline: ModelOutline, *, graph: bool) -> None:
         """Find what is left for experts beside the dense part and a cache of some context.
+
+        Args:
+            outline: The model.
+            graph: Whether steps are replayed from graphs, whose caches keep all tokens.
 
         Raises:
             NotEnoughMemoryError: Nothing is.
         """
         context = min(CONTEXT, outline.max_context or CONTEXT)
-        needed = sum(computing_bytes(outline, context, min(PROMPT, context)).values())
+        prompt = min(PROMPT, context)
+        needed = sum(computing_bytes(outline, context, prompt, keeps_all=graph).values())
         needed += sum(card_reserve_bytes(device.info.memory_bytes) for device in self.devices)
         if needed > self.memory_bytes:
             msg = (

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
+from kt_core.engine import load_options
 from kt_core.engine.accelerators import (
     Accelerators,
     HotExpertsWish,
@@ -25,11 +26,6 @@ from kt_core.engine.device_choice import choose_devices
 from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.forward_passes import ForwardPasses
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
-from kt_core.engine.load_options import (
-    check_threads,
-    chosen_precision_of,
-    packed_dense_format,
-)
 from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, resolve_model
 from kt_core.engine.outline import outline_model
@@ -103,15 +99,15 @@ def load(
     """
     start = time.perf_counter()
     registry = registry or plugins.load()
-    chosen_precision = chosen_precision_of(precision)
-    check_threads(threads)
+    chosen_precision = load_options.precision_of(precision)
+    load_options.check_threads(threads)
     if format != "auto":
         registry.formats.get(format)  # an unknown name fails before anything is fetched
     if defer < 0:
         msg = f"defer must be >= 0, got {defer}"
         raise InvalidRequestError(msg)
     devices = choose_devices(device, registry)
-    packed = packed_dense_format(dense_format, registry, devices)
+    packed = load_options.dense_format_of(dense_format, registry, devices)
     policy = registry.policies.get(placement)
     directory = resolve_model(model, registry, progress)
     packed_experts = find_packed(directory, registry)
@@ -137,7 +133,7 @@ def load(
             accelerators = Accelerators(devices.open_accelerators(), opened, wish, chosen_precision)
             accelerators.hybrid.deferral.per_token = defer
             progress("measuring the model", None)
-            accelerators.make_room(outline_model(directory, registry))
+            accelerators.make_room(outline_model(directory, registry), graph=graph)
         loader = ExpertLoader(
             checkpoint=stored.checkpoint,
             adapters=adapters_for(config_dict["model_type"], registry),
@@ -349,7 +345,7 @@ class Engine:
         self._prefixes.close()
         if self._passes is not None:
             self._passes.is_on = False  # a stream under way must not call what is closed
-        self._passes = None
+            self._passes = None
         self._model = None
         self._loader.sites.clear()
         if (accelerators := self._loader.accelerators) is not None:

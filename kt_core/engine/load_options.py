@@ -13,7 +13,7 @@ from kt_core.types import ActivationPrecision, Format
 _log = logging.getLogger(__name__)
 
 
-def chosen_precision_of(precision: ActivationPrecision | str) -> ActivationPrecision:
+def precision_of(precision: ActivationPrecision | str) -> ActivationPrecision:
     """Return what hidden states become.
 
     Raises:
@@ -27,7 +27,7 @@ def chosen_precision_of(precision: ActivationPrecision | str) -> ActivationPreci
         raise InvalidRequestError(msg) from error
 
 
-def packed_dense_format(name: str, registry: Registry, devices: DeviceChoice) -> Format | None:
+def dense_format_of(name: str, registry: Registry, devices: DeviceChoice) -> Format | None:
     """Return what dense layers become, before anything is fetched or opened.
 
     Raises:
