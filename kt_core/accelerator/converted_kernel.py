@@ -34,7 +34,7 @@ class ConvertedExpertKernel(ExpertKernel):
     ``slots``, ``[num_experts + 1]`` int64 on the device, says where an expert stands among the
     resident ones, in ascending order; how many there are for those that are not, and in the last
     place, which is what an id of -1 finds. The host knows the list, so a graph that was captured
-    ends with a load or an unload: capture it again.
+    ends with a load or an unload: ``capture_version`` says so.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class ConvertedExpertKernel(ExpertKernel):
         self.device = device
         self._experts: dict[int, ConvertedExpert] = {}
         self._lock = threading.Lock()
+        self._changes = 0
         self.slots = torch.zeros(spec.num_experts + 1, dtype=torch.int64, device=device)
 
     @abstractmethod
@@ -73,6 +74,11 @@ class ConvertedExpertKernel(ExpertKernel):
             slots: ``[tokens, k]`` int64; ``len(experts)`` for a pair that is not ours.
             weights: ``[tokens, k]`` float32, 0 for a pair that is not ours.
         """
+
+    @property
+    def capture_version(self) -> int:
+        """See ``ExpertKernel.capture_version``: the list of matrices is captured."""
+        return self._changes
 
     def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision:
         """See ``ExpertKernel.precision_for``."""
@@ -105,6 +111,7 @@ class ConvertedExpertKernel(ExpertKernel):
         return None if bias is None else bias.to(self.device, torch.float32, copy=True)
 
     def _renumber(self) -> None:
+        self._changes += 1
         count = len(self._experts)
         numbers = dict(zip(sorted(self._experts), range(count), strict=True))
         wanted = [numbers.get(expert, count) for expert in range(self.spec.num_experts)]

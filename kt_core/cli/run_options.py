@@ -99,6 +99,15 @@ Defer: TypeAlias = Annotated[
         min=0,
     ),
 ]
+Graph: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--graph/--no-graph",
+        rich_help_panel=_ACCELERATOR,
+        help="Capture a step of decoding once and replay it for each token, where model and "
+        "accelerator allow it: --json says so under `decode`.",
+    ),
+]
 Threads: TypeAlias = Annotated[
     int | None,
     _option(

@@ -124,6 +124,7 @@ class Accelerators:
         self._link: LinkBudget | None = None
         self._counts: torch.Tensor | None = None
         self._seen: NDArray[np.int64] | None = None
+        self._hot: tuple[int, NDArray[np.bool_] | None] = -1, None
         self._lock = threading.Lock()
 
     @property
@@ -138,14 +139,19 @@ class Accelerators:
         sizes = [device.info.memory_bytes for device in self.devices]
         return sum(size if limit is None else min(size, limit) for size in sizes)
 
-    def make_room(self, outline: ModelOutline) -> None:
+    def make_room(self, outline: ModelOutline, *, graph: bool) -> None:
         """Find what is left for experts beside the dense part and a cache of some context.
+
+        Args:
+            outline: The model.
+            graph: Whether steps are replayed from graphs, whose caches keep all tokens.
 
         Raises:
             NotEnoughMemoryError: Nothing is.
         """
         context = min(CONTEXT, outline.max_context or CONTEXT)
-        needed = sum(computing_bytes(outline, context, min(PROMPT, context)).values())
+        prompt = min(PROMPT, context)
+        needed = sum(computing_bytes(outline, context, prompt, keeps_all=graph).values())
         needed += sum(card_reserve_bytes(device.info.memory_bytes) for device in self.devices)
         if needed > self.memory_bytes:
             msg = (
@@ -218,6 +224,7 @@ class Accelerators:
         assert self._grid is not None
         for layer in self.hybrid.layers:
             layer.refresh_placement()
+        self.hybrid.pass_by_host()
         self._seen = np.zeros(self._grid.shape, dtype=np.int64)
         link_bytes_per_s = self._measure_link()
         if self._online is not None:
@@ -242,10 +249,7 @@ class Accelerators:
         counts, self._seen = total - self._seen, total
         self.counters.tokens += tokens
         self.counters.pairs += int(counts.sum())
-        self.counters.hot_pairs += sum(
-            int(counts[index, : layer.spec.num_experts][layer.is_moved()].sum())
-            for index, layer in enumerate(self.hybrid.layers)
-        )
+        self.counters.hot_pairs += int(counts[self._is_hot(counts.shape)].sum())
         self.mover.advance()
         if self._online is None or self._link is None:
             return
@@ -256,6 +260,19 @@ class Accelerators:
             assert self._grid is not None
             self._link.spend(sum(self._grid.expert_bytes[swap.load.layer] for swap in swaps))
             self.mover.begin(swaps)
+
+    def _is_hot(self, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Return ``[layers, experts]``: which experts accelerators compute; made after moves."""
+        import numpy as np
+
+        changes, mask = self._hot
+        now = sum(layer.changes for layer in self.hybrid.layers)
+        if mask is None or changes != now:
+            mask = np.zeros(shape, dtype=np.bool_)
+            for index, layer in enumerate(self.hybrid.layers):
+                mask[index, : layer.spec.num_experts] = layer.is_moved()
+            self._hot = now, mask
+        return mask
 
     def statistics(self) -> RoutingStatistics:
         """Return how often experts were chosen since the model was loaded."""

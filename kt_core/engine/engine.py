@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
+from kt_core.engine import load_options
 from kt_core.engine.accelerators import (
     Accelerators,
     HotExpertsWish,
@@ -21,8 +22,9 @@ from kt_core.engine.accelerators import (
 )
 from kt_core.engine.chat import prompt_tokens
 from kt_core.engine.dense_loading import DenseLoader
-from kt_core.engine.device_choice import DeviceChoice, choose_devices
+from kt_core.engine.device_choice import choose_devices
 from kt_core.engine.expert_formats import formats_name
+from kt_core.engine.forward_passes import ForwardPasses
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
 from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, resolve_model
@@ -36,14 +38,12 @@ from kt_core.engine.text_stream import Decoder, TextStream
 from kt_core.errors import (
     InvalidRequestError,
     TokenizerError,
-    UnsupportedDenseError,
-    UnsupportedFormatError,
 )
 from kt_core.interfaces import ExpertDevice, ExpertKernel, Progress, no_progress
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision, Format
+from kt_core.types import ActivationPrecision
 
-_log = logging.getLogger(__name__)
+_CLOSED = "the engine is closed; load the model again"
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -63,6 +63,7 @@ def load(
     placement: str = "adaptive",
     accelerator_memory: int | None = None,
     defer: int = 0,
+    graph: bool = True,
     registry: Registry | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
@@ -88,6 +89,8 @@ def load(
         accelerator_memory: Bytes of each accelerator that may be used; None for all.
         defer: Pairs that each token may put off to the next layer, of those that the host
             computes; see ``kt_core.moe.deferral``. It changes the answer.
+        graph: Capture a step of decoding on an accelerator, and replay it for each token, where
+            device and model can: see ``EngineStats.decode``.
         registry: The plug-ins; None loads the installed ones.
         progress: Told how far loading has come.
 
@@ -96,15 +99,15 @@ def load(
     """
     start = time.perf_counter()
     registry = registry or plugins.load()
-    chosen_precision = _precision(precision)
-    _check_threads(threads)
+    chosen_precision = load_options.precision_of(precision)
+    load_options.check_threads(threads)
     if format != "auto":
         registry.formats.get(format)  # an unknown name fails before anything is fetched
     if defer < 0:
         msg = f"defer must be >= 0, got {defer}"
         raise InvalidRequestError(msg)
     devices = choose_devices(device, registry)
-    packed = _dense_format(dense_format, registry, devices)
+    packed = load_options.dense_format_of(dense_format, registry, devices)
     policy = registry.policies.get(placement)
     directory = resolve_model(model, registry, progress)
     packed_experts = find_packed(directory, registry)
@@ -130,7 +133,7 @@ def load(
             accelerators = Accelerators(devices.open_accelerators(), opened, wish, chosen_precision)
             accelerators.hybrid.deferral.per_token = defer
             progress("measuring the model", None)
-            accelerators.make_room(outline_model(directory, registry))
+            accelerators.make_room(outline_model(directory, registry), graph=graph)
         loader = ExpertLoader(
             checkpoint=stored.checkpoint,
             adapters=adapters_for(config_dict["model_type"], registry),
@@ -158,63 +161,8 @@ def load(
         loader=loader,
         device=opened,
         load_s=time.perf_counter() - start,
+        graph=graph,
     )
-
-
-def _precision(precision: ActivationPrecision | str) -> ActivationPrecision:
-    try:
-        return ActivationPrecision(precision)
-    except ValueError as error:
-        known = ", ".join(known.value for known in ActivationPrecision)
-        msg = f"precision {precision!r} is unknown; there are: {known}"
-        raise InvalidRequestError(msg) from error
-
-
-def _dense_format(name: str, registry: Registry, devices: DeviceChoice) -> Format | None:
-    """Return what dense layers become, before anything is fetched or opened.
-
-    Raises:
-        UnknownNameError: There is no such format.
-        UnsupportedDenseError: The device computes no dense layers.
-        UnsupportedFormatError: The device does not compute them in this format.
-    """
-    if name == "none":
-        return None
-    descriptor = registry.formats.get(name).descriptor
-    if devices.accelerators:
-        msg = (
-            f"--dense-format {name}: on {devices.accelerators[0].name!r} torch computes dense "
-            "layers, as the checkpoint has them; leave it out, or run on the host"
-        )
-        raise UnsupportedDenseError(msg)
-    device = devices.host.name
-    capabilities = devices.host_backend.capabilities(device)
-    if not capabilities.computes_dense:
-        msg = (
-            f"device {device!r} computes no dense layers, only routed experts: leave them to torch "
-            "(--dense-format none), or choose another device; `kt backends` lists them"
-        )
-        raise UnsupportedDenseError(msg)
-    if not capabilities.computes(descriptor):
-        msg = f"device {device!r} computes no dense layers of format {name!r}; see `kt backends`"
-        raise UnsupportedFormatError(msg)
-    return descriptor
-
-
-def _check_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if threads < 1:
-        msg = f"threads must be >= 1, got {threads}"
-        raise InvalidRequestError(msg)
-    cores = len(hardware.detect().cpu.physical_cores)
-    if threads > cores:
-        _log.warning(
-            "%d threads were asked for, %d physical cores are usable: more threads than cores "
-            "make decoding slower",
-            threads,
-            cores,
-        )
 
 
 class Engine:
@@ -233,6 +181,7 @@ class Engine:
         loader: ExpertLoader,
         device: ExpertDevice,
         load_s: float,
+        graph: bool = True,
     ) -> None:
         """Made by ``load``."""
         self._model: PreTrainedModel | None = model
@@ -242,6 +191,7 @@ class Engine:
         self._device = device
         self._load_s = load_s
         self._prefixes = PrefixCache()
+        self._passes: ForwardPasses | None = ForwardPasses(model, loader.accelerators, graph=graph)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -251,9 +201,19 @@ class Engine:
             InvalidRequestError: The engine is closed.
         """
         if self._model is None:
-            msg = "the engine is closed; load the model again"
-            raise InvalidRequestError(msg)
+            raise InvalidRequestError(_CLOSED)
         return self._model
+
+    @property
+    def passes(self) -> ForwardPasses:
+        """How the model is called: eagerly, or from graphs.
+
+        Raises:
+            InvalidRequestError: The engine is closed.
+        """
+        if self._passes is None:
+            raise InvalidRequestError(_CLOSED)
+        return self._passes
 
     @property
     def accelerators(self) -> Accelerators | None:
@@ -302,15 +262,31 @@ class Engine:
         tokenizer = self._require_tokenizer()
         is_tokens = not isinstance(prompt, str) and all(isinstance(p, int) for p in prompt)
         tokens = list(prompt) if is_tokens else self.encode(prompt, raw=raw)  # type: ignore[arg-type]
-        accelerators = self._loader.accelerators
-        stream = TokenStream(
-            self.model,
-            tokens,  # type: ignore[arg-type]
-            chosen,
-            self._prefixes,
-            accelerators.after_step if accelerators else None,
-        )
+        stream = self._tokens(tokens, chosen)  # type: ignore[arg-type]
         return _events(stream, TextStream(cast("Decoder", tokenizer), chosen.stop))
+
+    def stream_tokens(self, prompt: Sequence[int], **options: Any) -> TokenStream:
+        """Answer token ids with token ids: for models without a tokenizer.
+
+        Args:
+            prompt: Token ids.
+            options: Fields of ``GenerationOptions``; ``stop`` is of no use here.
+
+        Returns:
+            What yields one token after the other; ``timing`` and ``finish_reason`` are set then.
+
+        Raises:
+            ContextLengthError: As for ``stream``, as is the next one.
+            InvalidRequestError: An option is out of range.
+        """
+        return self._tokens(prompt, _options(options))
+
+    def _tokens(self, prompt: Sequence[int], options: GenerationOptions) -> TokenStream:
+        accelerators = self._loader.accelerators
+        after_step = accelerators.after_step if accelerators else None
+        return TokenStream(
+            self.model, prompt, options, self._prefixes, after_step, passes=self.passes
+        )
 
     def generate(
         self, prompt: Prompt | Sequence[int], *, raw: bool = False, **options: Any
@@ -350,6 +326,7 @@ class Engine:
             if loader.accelerators
             else {device.info.name: sum(site.spec.num_experts for site in sites)},
             accelerators=accelerator_stats(loader.accelerators) if loader.accelerators else None,
+            decode=replace(self.passes.counters),
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
             dense_format=dense.weight_format.name if dense else "none",
@@ -365,7 +342,10 @@ class Engine:
 
         Whoever still holds ``engine.model`` holds its experts and their threads, too.
         """
-        self._prefixes = PrefixCache()
+        self._prefixes.close()
+        if self._passes is not None:
+            self._passes.is_on = False  # a stream under way must not call what is closed
+            self._passes = None
         self._model = None
         self._loader.sites.clear()
         if (accelerators := self._loader.accelerators) is not None:

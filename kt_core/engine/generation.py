@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from kt_core.engine.decode_cache import DecodeCache
+from kt_core.engine.forward_passes import ForwardPasses, context_length
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.sampling import Sampler
 from kt_core.errors import ContextLengthError, InvalidRequestError
 
 FinishReason = Literal["stop", "length"]
+
+# New tokens that a cache has room for from the start: it seldom grows, and little lies idle.
+_TOKENS_AHEAD = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,16 +115,6 @@ class Completion:
     timing: Timing
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Return how many positions the model was made for; None where its config does not say."""
-    config = model.config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """Return every token that ends a sequence."""
     for owner in (model.generation_config, model.config.get_text_config(decoder=True)):
@@ -161,6 +155,8 @@ class TokenStream:
         options: GenerationOptions,
         prefixes: PrefixCache | None = None,
         after_step: Callable[[int, float], None] | None = None,
+        *,
+        passes: ForwardPasses | None = None,
     ) -> None:
         """Check the request.
 
@@ -170,12 +166,12 @@ class TokenStream:
             options: How to answer.
             prefixes: Where the cache of an earlier turn may be.
             after_step: Told of each forward pass, its tokens and its seconds.
+            passes: Calls the model; None for eager passes.
 
         Raises:
             ContextLengthError: The prompt is too long.
             InvalidRequestError: An option is out of range.
         """
-        self._model = model
         self._prompt = list(prompt)
         self._budget = token_budget(model, len(self._prompt), options.max_new_tokens)
         self._sampler = Sampler(
@@ -187,8 +183,7 @@ class TokenStream:
         self._end = end_tokens(model)
         self._prefixes = prefixes or PrefixCache()
         self._after_step = after_step
-        takes = inspect.signature(model.forward).parameters
-        self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._passes = passes or ForwardPasses(model)
         self.finish_reason: FinishReason = "length"
         self.timing = Timing(prompt_tokens=len(self._prompt), new_tokens=0, ttft_s=0, decode_s=0)
 
@@ -199,12 +194,15 @@ class TokenStream:
         everything = torch.tensor([self._prompt])
         cache, computed = self._prefixes.take(self._prompt)
         cached = computed
+        ahead = min(self._budget, _TOKENS_AHEAD)
+        cache = self._passes.begin(len(self._prompt) + ahead, cache)
         try:
             for count in range(1, self._budget + 1):
                 step = everything[:, computed:]
-                computed = 0  # until the pass is through: an interrupt leaves the cache torn
+                if not isinstance(cache, DecodeCache):
+                    computed = 0  # until the pass is through: an interrupt leaves the cache torn
                 step_start = time.perf_counter()
-                logits, cache = self._forward(step, cache)
+                logits, cache = self._passes.run(step, cache)
                 if self._after_step:
                     self._after_step(step.shape[1], time.perf_counter() - step_start)
                 computed = everything.shape[1]
@@ -223,17 +221,9 @@ class TokenStream:
                     return
                 everything = torch.cat([everything, torch.tensor([[token]])], dim=1)
                 yield token
+        except Exception:
+            computed = 0  # what failed may have left anything behind
+            raise
         finally:
             if computed:
                 self._prefixes.put(everything[0, :computed].tolist(), cache)
-
-    def _forward(self, token_ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        """Return the logits ``[vocabulary]`` of the last position, and the cache."""
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=token_ids.to(self._model.device),
-                past_key_values=cache,
-                use_cache=True,
-                **self._last_logits_only,
-            )
-        return output.logits[0, -1].cpu(), output.past_key_values

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kt_core.interfaces import ExpertDevice, ExpertKernel
+from kt_core.hardware.graphs import can_capture
+from kt_core.interfaces import ExpertDevice, ExpertKernel, HostCall
 from kt_core.moe.beside import BesideStream
 from kt_core.moe.deferral import Deferral, DeferringLane
 from kt_core.moe.host_lane import HostLane, PinnedBuffers
@@ -66,6 +67,41 @@ class HybridLayers:
             lane = layer.kernels[0]
             assert isinstance(lane, Lane)
             lane.raise_error()
+
+    def pass_by_host(self) -> None:
+        """Let no layer call the host, if none has an expert there.
+
+        All or none: a layer that changed sides as experts move would end a captured graph each
+        time.
+        """
+        if all(all(layer.is_moved()) for layer in self.layers):
+            for layer in self.layers:
+                layer.uses_host = False
+
+    def why_no_graph(self) -> str | None:
+        """Return why a step through all layers cannot be captured, or None if it can."""
+        if not can_capture(self.device):
+            return f"torch has no graphs for {self.device.type!r}"
+        if len(self._devices) > 1:
+            return "experts lie on several accelerators, and a graph belongs to one"
+        if self._devices[0].host_functions is None:
+            return f"nothing calls the host in order of a stream of {self._devices[0].info.name}"
+        return None
+
+    def graph_version(self) -> tuple[int, ...]:
+        """Return a value that differs once a graph that was captured must not be replayed."""
+        changes = sum(kernel.capture_version for layer in self.layers for kernel in layer.kernels)
+        hosts = sum(layer.uses_host for layer in self.layers)
+        return self.deferral.per_token, changes, hosts
+
+    def take_captured(self) -> list[HostCall]:
+        """Hand over the host calls that were captured; they must live as long as their graph."""
+        lanes = [layer.kernels[0] for layer in self.layers]
+        return [call for lane in lanes if isinstance(lane, Lane) for call in lane.take_captured()]
+
+    def forget_step(self) -> None:
+        """Begin anew, after a pass that did not come to its end."""
+        self.deferral.take()
 
     def _host_lane(
         self, spec: MoeSpec, weight_format: Format, kernel: ExpertKernel, is_last: bool

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kt_core.engine.generation import context_length
+from kt_core.engine.forward_passes import context_length
 from kt_core.engine.meta_passes import Passes
 from kt_core.engine.model_files import (
     adapters_for,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kt_core.engine.accelerators import Accelerators
+    from kt_core.engine.forward_passes import DecodeCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,7 @@ class EngineStats:
         dense_layers: Number of packed dense layers.
         dense_bytes: Bytes of everything but the experts, packed or not.
         load_s: Seconds the loading took.
+        decode: How tokens were decoded since then: from graphs, or why not.
         accelerators: What they have done; None where there are none.
         peak_memory_bytes: Largest resident set of this process so far, mapped files included.
     """
@@ -95,5 +97,6 @@ class EngineStats:
     dense_layers: int
     dense_bytes: int
     load_s: float
+    decode: DecodeCounters
     peak_memory_bytes: int
     accelerators: AcceleratorStats | None = None

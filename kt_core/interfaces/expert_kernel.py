@@ -121,6 +121,14 @@ class ExpertKernel(ABC):
     def bytes_per_expert(self) -> int:
         """Bytes of device memory one packed expert takes."""
 
+    @property
+    def capture_version(self) -> int:
+        """A number that grows whenever graphs that hold a ``submit`` may not be replayed any more.
+
+        By default it stays: residency is read on the device, in stream order.
+        """
+        return 0
+
     def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision | None:
         """Return what hidden states of this type are turned into: what ``AUTO`` stands for.
 

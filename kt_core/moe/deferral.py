@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kt_core.interfaces import HostCallTimes, Ticket
+from kt_core.interfaces import HostCall, HostCallTimes, Ticket
 from kt_core.moe.host_lane import HostLane
 from kt_core.moe.lane import Lane
 from kt_core.moe.timeline import Timeline
@@ -98,6 +98,11 @@ class DeferringLane(Lane):
         """See ``Lane.take_times``."""
         late = [] if self._late is None else self._late.take_times()
         return sorted(super().take_times() + late)
+
+    def take_captured(self) -> list[HostCall]:
+        """See ``Lane.take_captured``."""
+        late = [] if self._late is None else self._late.take_captured()
+        return [*super().take_captured(), *late]
 
 
 class Sum(Ticket):

@@ -9,6 +9,7 @@ are read by the called function only, and a stream that is captured records all 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,7 @@ class HostLane(Lane):
         self._own = None if host_functions is None else buffers.stream_on(device)
         self._calls: dict[tuple[int, int, torch.dtype], tuple[HostCall, PairBuffers]] = {}
         self._captured: list[HostCall] = []
+        self._taken: weakref.WeakSet[HostCall] = weakref.WeakSet()
         self._records = False
         self._timeline: Timeline | None = None
         row = f"{device} cold pairs"
@@ -136,7 +138,7 @@ class HostLane(Lane):
         with self._own, spanned(self._timeline, self._own, self._there):
             _copy(sent, buffers)
         self._host_functions.launch(self._own, call.start, call.argument)
-        return _Called(self, call, (buffers, sent, out), hidden.dtype)
+        return _Called(self, call, (buffers, sent, out), hidden.dtype, stream)
 
     def join(self, call: HostCall, pinned: torch.Tensor, out: torch.Tensor) -> None:
         """Let the lane's stream join a call and copy its output; the current one waits for that."""
@@ -149,8 +151,18 @@ class HostLane(Lane):
 
     def raise_error(self) -> None:
         """See ``Lane.raise_error``."""
-        for call in self._all_calls():
+        for call, _ in self._calls.values():
             call.raise_error()
+        for call in self._captured:
+            call.raise_error()
+        for call in self._taken:
+            call.raise_error()
+
+    def take_captured(self) -> list[HostCall]:
+        """See ``Lane.take_captured``. Their errors and times are still asked for here."""
+        taken, self._captured = self._captured, []
+        self._taken.update(taken)
+        return taken
 
     def record(self, is_on: bool, timeline: Timeline | None = None) -> None:
         """See ``Lane.record``."""
@@ -163,7 +175,7 @@ class HostLane(Lane):
         return sorted(times for call in self._all_calls() for times in call.take_times())
 
     def _all_calls(self) -> list[HostCall]:
-        return [*(call for call, _ in self._calls.values()), *self._captured]
+        return [*(call for call, _ in self._calls.values()), *self._captured, *self._taken]
 
     def _call(self, tokens: int, k: int, dtype: torch.dtype) -> tuple[HostCall | None, PairBuffers]:
         key = (tokens, k, dtype)
@@ -178,7 +190,7 @@ class HostLane(Lane):
             return None, buffers
         call.record(self._records)
         if is_captured:
-            self._captured.append(call)  # the graph calls it as long as it lives
+            self._captured.append(call)  # the graph calls it as long as it lives: take_captured
             return call, buffers
         if len(self._calls) >= _MOST_CALLS:
             torch.accelerator.synchronize(self._device)  # none of them is under way
@@ -218,6 +230,7 @@ class _Called(Ticket):
         call: HostCall,
         tensors: tuple[PairBuffers, tuple[torch.Tensor, ...], torch.Tensor],
         dtype: torch.dtype,
+        stream: torch.Stream,
     ) -> None:
         """Take what was submitted.
 
@@ -226,11 +239,14 @@ class _Called(Ticket):
             call: Was started.
             tensors: Pinned memory, what was copied there, and room for the output.
             dtype: Of the output.
+            stream: The model's.
         """
         self._lane: HostLane | None = lane
         self._call = call
         self._buffers, self._sent, self._out = tensors
         self._dtype = dtype
+        self._stream = stream
+        self._is_captured = is_capturing(stream)
 
     def wait(self) -> torch.Tensor:
         """Let the streams join the call and copy its output."""
@@ -243,7 +259,12 @@ class _Called(Ticket):
             self._lane = None
 
     def __del__(self) -> None:
-        """Join what nobody waited for: the buffers will be used again."""
+        """Join what nobody waited for: the buffers will be used again.
+
+        What was to be captured has not begun, if the capture ended before it was joined.
+        """
+        if self._is_captured and not is_capturing(self._stream):
+            return
         self._join()
 
 

@@ -29,6 +29,9 @@ class HybridExperts(nn.Module):
         device: Where hidden states lie.
         counts: ``[num_experts]`` int64 on that device, to which the pairs of each call are added;
             None to count nothing.
+        uses_host: Whether ``kernels[0]`` is called. Whoever clears it knows that all experts live
+            elsewhere; it is set again as soon as one does not.
+        changes: How often experts have changed homes.
         weight: Empty tensor that tells where the module lives; PEFT looks for it.
         lora: Low-rank additions to the projections, or None; whoever trains them owns them.
     """
@@ -49,6 +52,8 @@ class HybridExperts(nn.Module):
         self.kernels = tuple(kernels)
         self.device = device or torch.device("cpu")
         self.counts: torch.Tensor | None = None
+        self.uses_host = True
+        self.changes = 0
         self.weight = torch.empty(0, device=self.device)
         self.lora: LoraWeights | None = None
         self._home: torch.Tensor | None = None
@@ -67,6 +72,8 @@ class HybridExperts(nn.Module):
         for index, kernel in enumerate(self.kernels):
             home[sorted(kernel.resident())] = index
         self._homes = home.tolist()
+        self.uses_host |= 0 in self._homes
+        self.changes += 1
         if self._home is None:
             self._home = home.to(self.device)
         else:
@@ -79,6 +86,8 @@ class HybridExperts(nn.Module):
             raise ValueError(msg)
         self._home[expert].fill_(kernel)
         self._homes[expert] = kernel
+        self.uses_host |= kernel == 0
+        self.changes += 1
 
     def is_moved(self) -> list[bool]:
         """Of each expert, whether another kernel than the first computes it from now on."""
@@ -104,6 +113,7 @@ class HybridExperts(nn.Module):
         tickets = [
             kernel.submit(hidden_states, self._ids_for(index, top_k_index), top_k_weights)
             for index, kernel in enumerate(self.kernels)
+            if index > 0 or self.uses_host
         ]
         out = tickets[0].wait()
         for ticket in tickets[1:]:

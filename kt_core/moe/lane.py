@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kt_core.interfaces import ExpertKernel, ExpertWeights, HostCallTimes
+from kt_core.interfaces import ExpertKernel, ExpertWeights, HostCall, HostCallTimes
 from kt_core.moe.timeline import Timeline
 from kt_core.types import ActivationPrecision
 
@@ -27,6 +27,11 @@ class Lane(ExpertKernel):
     def bytes_per_expert(self) -> int:
         """See ``ExpertKernel.bytes_per_expert``: bytes where the kernel is."""
         return self.kernel.bytes_per_expert
+
+    @property
+    def capture_version(self) -> int:
+        """See ``ExpertKernel.capture_version``."""
+        return self.kernel.capture_version
 
     def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision | None:
         """See ``ExpertKernel.precision_for``."""
@@ -74,3 +79,10 @@ class Lane(ExpertKernel):
     def take_times(self) -> list[HostCallTimes]:
         """Return the times of calls that the stream has passed, in the order of their starts."""
         return self.kernel.take_times() if isinstance(self.kernel, Lane) else []
+
+    def take_captured(self) -> list[HostCall]:
+        """Hand over the calls that were captured: whoever takes them keeps them while graphs live.
+
+        What nobody takes, the lane keeps.
+        """
+        return self.kernel.take_captured() if isinstance(self.kernel, Lane) else []

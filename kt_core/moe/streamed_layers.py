@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kt_core.hardware.graphs import is_capturing
 from kt_core.interfaces import ExpertKernel, Ticket
 from kt_core.moe.deferral import Deferral, DeferringLane, Sum
 from kt_core.moe.lane import Lane
@@ -161,7 +162,12 @@ class StreamingLane(Lane):
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> Ticket:
         """See ``ExpertKernel.submit``."""
-        if not self._layers.pays(self._layer, expert_ids.numel()):
+        if not self._layers.pays(self._layer, expert_ids.numel()) or _is_captured(hidden):
             return self.kernel.submit(hidden, expert_ids, weights)
         before = self._deferral.take()
         return Sum(self._layers.submit(self._layer, hidden, expert_ids, weights), before)
+
+
+def _is_captured(hidden: torch.Tensor) -> bool:
+    """Whether a graph is made of this call: the host, which fills the slots, is not part of it."""
+    return is_capturing(torch.accelerator.current_stream(hidden.device))

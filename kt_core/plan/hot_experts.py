@@ -19,7 +19,12 @@ _STATES_PER_TOKEN = 12
 
 
 def computing_bytes(
-    outline: ModelOutline, context: int, prompt: int, dense_format: Format | None = None
+    outline: ModelOutline,
+    context: int,
+    prompt: int,
+    dense_format: Format | None = None,
+    *,
+    keeps_all: bool = False,
 ) -> dict[str, int]:
     """Return what lies where hidden states do, besides experts.
 
@@ -28,10 +33,11 @@ def computing_bytes(
         context: Tokens that the cache holds.
         prompt: Tokens that are computed at once.
         dense_format: Of packed dense layers.
+        keeps_all: As for ``ModelOutline.cache_bytes``.
     """
     return {
         "dense_weights": outline.total_dense_bytes(dense_format),
-        "kv_cache": outline.cache_bytes(context),
+        "kv_cache": outline.cache_bytes(context, keeps_all=keeps_all),
         "scratch": _scratch_bytes(outline, min(prompt, context)),
     }
 

@@ -72,12 +72,13 @@ class CacheLayer:
     late_fixed_bytes: float
     late_token_bytes: float
 
-    def size_bytes(self, tokens: int) -> float:
-        """Return the bytes after that many tokens."""
+    def size_bytes(self, tokens: int, *, keeps_all: bool = False) -> float:
+        """Return the bytes after that many tokens; without pushing any out, if it ``keeps_all``."""
         late = self.late_fixed_bytes + self.late_token_bytes * tokens
         if self.token_bytes < self.late_token_bytes:
             return late
-        return min(self.fixed_bytes + self.token_bytes * tokens, late)
+        early = self.fixed_bytes + self.token_bytes * tokens
+        return early if keeps_all else min(early, late)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +170,11 @@ class ModelOutline:
         unpacked = self.dense_element_bytes * sum(layers.weights for layers in self.linears)
         return unpacked - self.packed_dense_bytes(dense_format)
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Bytes of the cache of one sequence of that many tokens."""
-        return round(sum(layer.size_bytes(tokens) for layer in self.cache))
+    def cache_bytes(self, tokens: int, *, keeps_all: bool = False) -> int:
+        """Bytes of the cache of one sequence of that many tokens.
+
+        Args:
+            tokens: Of the sequence.
+            keeps_all: Windows push nothing out, as where steps are replayed from graphs.
+        """
+        return round(sum(layer.size_bytes(tokens, keeps_all=keeps_all) for layer in self.cache))

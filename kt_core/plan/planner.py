@@ -190,7 +190,9 @@ class Planner:
         outline, card = self.outline, self.machine.card
         specs = [layer.spec for layer in outline.expert_layers]
         experts = packed_bytes(specs, formats.experts, self.expert_bytes)
-        computing = computing_bytes(outline, context, wish.prompt, formats.dense)
+        computing = computing_bytes(
+            outline, context, wish.prompt, formats.dense, keeps_all=card is not None
+        )
         if card is None:
             host = {"expert_weights": experts, **computing, "reserve": RESERVE_BYTES}
             return 0, {"host": host}, {"host": self.machine.memory_bytes}

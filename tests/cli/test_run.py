@@ -61,6 +61,7 @@ def test_json(kt: Kt, stories: Path) -> None:
     assert report["format"] == "int8"
     assert len(report["token_ids"]) == report["new_tokens"] == 12
     assert report["finish_reason"] == "length"
+    assert report["decode"]["why_eager"] == "there is no accelerator"
     assert answer.err == ""  # the statistics are in the JSON
 
 

@@ -191,6 +191,13 @@ def test_nobody_there(kernel_class: type[ConvertedExpertKernel]) -> None:
     none = kernel.submit(hidden[:0], ids[:0], torch.ones(0, 1)).wait()
     assert none.shape == (0, SPEC.hidden_size)
     assert not kernel.moves_packed
+    versions = [kernel.capture_version]
+    for change in (lambda: kernel.unload(1), lambda: kernel.unload(0)):
+        change()
+        versions.append(kernel.capture_version)
+    assert versions[0] == versions[1] < versions[2], "a graph holds the list of matrices"
+    kernel.load(0, expert(SPEC, FORMATS["bf16"].descriptor, 0))
+    assert kernel.capture_version > versions[2]
     with pytest.raises(ValueError, match="cannot move expert 0"):
         kernel.packed(0)
     with pytest.raises(RuntimeError, match="no gradient"):

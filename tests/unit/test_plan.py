@@ -113,6 +113,7 @@ def test_sizes_for_people() -> None:
 
 def test_cache_of_a_sliding_window_stops_growing() -> None:
     layer = CacheLayer(fixed_bytes=8, token_bytes=10, late_fixed_bytes=108, late_token_bytes=0)
+    assert layer.size_bytes(100, keeps_all=True) == 1008
     assert [layer.size_bytes(n) for n in (1, 10, 11, 1000)] == [18, 108, 108, 108]
 
 
