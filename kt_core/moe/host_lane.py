@@ -142,12 +142,20 @@ class HostLane(Lane):
 
     def join(self, call: HostCall, pinned: torch.Tensor, out: torch.Tensor) -> None:
         """Let the lane's stream join a call and copy its output; the current one waits for that."""
+        own = self._let_join(call)
+        with own, spanned(self._timeline, own, self._back):
+            out.copy_(pinned, non_blocking=True)
+        torch.accelerator.current_stream(self._device).wait_event(own.record_event())
+
+    def give_up(self, call: HostCall, stream: torch.Stream) -> None:
+        """As ``join``, for an output that nobody wants; ``stream`` is the one that waits."""
+        stream.wait_event(self._let_join(call).record_event())
+
+    def _let_join(self, call: HostCall) -> torch.Stream:
         assert self._own is not None
         assert self._host_functions is not None
         self._host_functions.launch(self._own, call.join, call.argument)
-        with self._own, spanned(self._timeline, self._own, self._back):
-            out.copy_(pinned, non_blocking=True)
-        torch.accelerator.current_stream(self._device).wait_event(self._own.record_event())
+        return self._own
 
     def raise_error(self) -> None:
         """See ``Lane.raise_error``."""
@@ -250,22 +258,19 @@ class _Called(Ticket):
 
     def wait(self) -> torch.Tensor:
         """Let the streams join the call and copy its output."""
-        self._join()
-        return self._out.to(self._dtype)
-
-    def _join(self) -> None:
         if self._lane is not None:
             self._lane.join(self._call, self._buffers.out, self._out)
             self._lane = None
+        return self._out.to(self._dtype)
 
     def __del__(self) -> None:
         """Join what nobody waited for: the buffers will be used again.
 
         What was to be captured has not begun, if the capture ended before it was joined.
         """
-        if self._is_captured and not is_capturing(self._stream):
+        if self._lane is None or (self._is_captured and not is_capturing(self._stream)):
             return
-        self._join()
+        self._lane.give_up(self._call, self._stream)
 
 
 class _Waited(Ticket):
