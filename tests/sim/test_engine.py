@@ -121,8 +121,11 @@ def test_experts_follow_the_routing_and_the_answer_stays(alone: Engine, kept: Pa
     assert learned.tokens > 40 + 79
 
 
-def test_a_long_prompt_goes_through_the_accelerator(alone: Engine) -> None:
-    """Where the link is faster than the host, as here, where neither takes the device any time."""
+def test_a_long_prompt_goes_through_the_accelerator(
+    alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host is slower than the link."""
+    monkeypatch.setattr(accelerators.Accelerators, "_measure_host", lambda *_: 1e-9)
     prompt = "The little dog ran to the tree and the cat sat on the mat. " * 8
     want = alone.generate(prompt, **GREEDY)
     with load(hot_experts="20%") as engine:
