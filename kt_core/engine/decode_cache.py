@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
@@ -126,7 +125,7 @@ class DecodeCache(Cache):
             have grown.
     """
 
-    def __init__(self, layers: Sequence[CacheLayerMixin | DummyLayer], shared: _Shared) -> None:
+    def __init__(self, layers: Sequence[Any], shared: _Shared) -> None:
         """Made by ``decode_cache``."""
         super().__init__(layers=list(layers))
         self.step: DecodeStep | None = None
@@ -220,13 +219,15 @@ def decode_cache(model: PreTrainedModel) -> DecodeCache:
     """Make an empty cache for a model that ``why_no_decode_cache`` has nothing against."""
     shared = _Shared()
     layers = [
-        layer if isinstance(layer, DummyLayer) else DecodeLayer(shared)
+        DecodeLayer(shared) if isinstance(layer, DynamicLayer) else layer
         for layer in _layers_of(model)
     ]
     return DecodeCache(layers, shared)
 
 
-_PLAIN = {kind.__name__ for kind in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)}
+# Of layers that keep nothing, transformers has a class since 5.23; before, it leaves them out.
+_NOTHING: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+_PLAIN = {kind.__name__ for kind in (DynamicLayer, DynamicSlidingWindowLayer, *_NOTHING)}
 
 
 def _layers_of(model: PreTrainedModel) -> list[Any]:
