@@ -94,7 +94,8 @@ PYBIND11_MODULE(_hardware, module) {
   module.def("request_amx_permission", &kt::hardware::RequestAmxPermission);
   module.def("amx_permitted", &kt::hardware::AmxPermitted);
 
-  // Its thread may wait for the GIL, in a function of Python's: it is not joined while that is held.
+  // Its thread may wait for the GIL, in a function of Python's: it is not joined while that is
+  // held.
   py::class_<Doorbell, std::unique_ptr<Doorbell, WithoutGil>>(module, "Doorbell")
       .def(py::init(&MakeDoorbell), py::arg("bells"), py::arg("count"))
       .def("number", &Number, py::arg("function"), py::arg("argument"),

@@ -17,6 +17,9 @@ namespace {
 // Between two phases the others are at most one chunk behind: spin for some 20 us, then sleep.
 constexpr int kSpins = 500;
 
+// Between the calls of two layers, while tokens are generated: what an accelerator does meanwhile.
+constexpr auto kLinger = std::chrono::microseconds(1000);
+
 void Pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -104,6 +107,7 @@ void ThreadPool::Submit(std::shared_ptr<Job> job) {
   {
     const std::lock_guard lock(mutex_);
     jobs_.push_back(std::move(job));
+    queued_.store(jobs_.size(), std::memory_order_release);
   }
   wake_.notify_all();
 }
@@ -116,6 +120,8 @@ void ThreadPool::StartStandIn() {
         first.cpus.empty() ? topology_.nodes[first.node].cpus : first.cpus;
     // Where it may not be pinned it runs where the system likes, as the workers then do.
     if (!cpus.empty()) PinThread(stand_in_, cpus);
+    // Those that spin must not keep a processor from who rings, nor from Python.
+    lingers_.store(std::thread::hardware_concurrency() >= threads() + 2);
   });
 }
 
@@ -151,6 +157,7 @@ size_t ThreadPool::CallersNode() const {
 void ThreadPool::Work(size_t node) {
   for (;;) {
     std::shared_ptr<Job> job;
+    Linger();
     {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
@@ -161,11 +168,20 @@ void ThreadPool::Work(size_t node) {
   }
 }
 
+// Returns when there is a job, or when it is time to sleep.
+void ThreadPool::Linger() const {
+  if (!lingers_.load(std::memory_order_relaxed)) return;
+  const auto end = std::chrono::steady_clock::now() + kLinger;
+  while (queued_.load(std::memory_order_acquire) == 0 && std::chrono::steady_clock::now() < end)
+    Pause();
+}
+
 // As a worker, but only for jobs that want one.
 void ThreadPool::StandIn(size_t node) {
   const auto is_wanted = [this] { return !jobs_.empty() && jobs_.front()->is_unattended_; };
   for (;;) {
     std::shared_ptr<Job> job;
+    Linger();
     {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] { return stop_ || is_wanted(); });
@@ -206,6 +222,7 @@ void ThreadPool::Retire(Job& job) {
   const std::lock_guard lock(mutex_);
   if (job.finished_.load(std::memory_order_relaxed)) return;
   if (!jobs_.empty() && jobs_.front().get() == &job) jobs_.pop_front();
+  queued_.store(jobs_.size(), std::memory_order_release);
   job.finished_at_ = std::chrono::steady_clock::now();
   job.finished_.store(true, std::memory_order_release);
   if (job.is_unattended_) job.finished_.notify_all();

@@ -52,8 +52,9 @@ class Job {
 // Threads of one engine. Jobs run one after the other, each on all threads: threads - 1 workers,
 // and whoever waits for the job, so that a pool of N never asks for more than N cores. For a job
 // that nobody will wait for before something else is done, a stand-in does the part of who waits,
-// and who comes in the end only waits. Idle workers sleep. Workers are pinned as the topology says;
-// whoever waits stays free.
+// and who comes in the end only waits. Idle workers sleep; where there is a stand-in, the next job
+// comes soon, and they spin for a while first if that leaves the others two processors. Workers are
+// pinned as the topology says; whoever waits stays free.
 class ThreadPool {
  public:
   explicit ThreadPool(Topology topology);
@@ -80,6 +81,7 @@ class ThreadPool {
   void Stop();
   void Work(size_t node);
   void StandIn(size_t node);
+  void Linger() const;
   size_t CallersNode() const;
   size_t RunChunks(Job& job, size_t phase, size_t node);
   void Participate(Job& job, size_t node);
@@ -92,6 +94,8 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_;  // a job came, or stop
   std::deque<std::shared_ptr<Job>> jobs_;
+  std::atomic<size_t> queued_{0};  // of jobs_, for those that spin
+  std::atomic<bool> lingers_{false};
   bool stop_ = false;
   std::vector<std::thread> workers_;
   std::once_flag stand_in_once_;
