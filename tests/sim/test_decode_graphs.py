@@ -424,6 +424,19 @@ def test_a_model_that_was_changed_is_captured_again(
     assert got == alone.generate(PROMPT, **GREEDY).token_ids != before
 
 
+def test_another_attention_is_captured_again_or_not_at_all(
+    want: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(hot_experts="30%") as engine:
+        for captures, attention in enumerate(("sdpa", "eager"), 1):
+            monkeypatch.setattr(engine.model.config, "_attn_implementation", attention)
+            assert engine.generate(PROMPT, **GREEDY).token_ids == want
+            assert engine.stats().decode.captures == captures
+        monkeypatch.setattr(engine.model.config, "_attn_implementation", "flex_attention")
+        engine.passes.begin(8, None)  # it cannot run here, so that is all that is asked
+        assert not engine.passes._may_replay
+
+
 def test_why_steps_are_eager() -> None:
     with load(hot_experts="30%", graph=False) as engine:
         assert engine.stats().decode.why_eager == "switched off"
