@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _SMALLEST, _STRIDE = 256, 2048
 
 
+MASKED_ATTENTION = ("sdpa", "eager")
+"""What reads the mask of a step of fixed shape. Flash attention sees whole buffers."""
+
+
 @dataclass(slots=True)
 class _Shared:
     """What the layers of a cache have in common.
@@ -203,12 +207,19 @@ def capacity_for(tokens: int, limit: int | None) -> int:
     return capacity if limit is None else max(tokens, min(capacity, limit))
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of a model's attention, as ``attn_implementation`` of transformers has it."""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
 def why_no_decode_cache(model: PreTrainedModel) -> str | None:
     """Return why a model's steps cannot have a fixed shape, or None if they can."""
     kind = model.config.model_type
     # What a model's authors say of StaticCache holds here: a step of fixed shape does the same.
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not run {kind!r} with a cache of fixed size"
+    if (attention := attention_of(model)) not in MASKED_ATTENTION:
+        return f"attention {attention!r} takes no mask for what a buffer does not hold yet"
     others = {type(layer).__name__ for layer in _layers_of(model)} - _PLAIN
     if others:
         return f"{kind!r} keeps something else than keys and values ({', '.join(sorted(others))})"

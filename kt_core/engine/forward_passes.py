@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from kt_core.engine.decode_cache import DecodeCache, decode_cache, why_no_decode_cache
+from kt_core.engine.decode_cache import (
+    MASKED_ATTENTION,
+    DecodeCache,
+    attention_of,
+    decode_cache,
+    why_no_decode_cache,
+)
 from kt_core.engine.decode_step import DecodeStep
 from kt_core.moe.beside import BesideStream
 
@@ -203,7 +209,10 @@ class ForwardPasses:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
             for hook in hooks.values()
         )
+        attention = attention_of(self._model)
+        self._is_watched |= attention not in MASKED_ATTENTION
         state = (
+            attention,
             tuple((id(module), module.training) for module in modules),
             tuple(parameter.data_ptr() for parameter in self._model.parameters()),
         )

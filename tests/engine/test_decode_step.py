@@ -113,6 +113,15 @@ def test_what_is_not_plain_attention_decodes_eagerly(family: str) -> None:
     assert EAGER[family] in why
 
 
+def test_attention_that_takes_no_mask_decodes_eagerly() -> None:
+    model = tiny.build_tiny("qwen3_moe")
+    assert why_no_decode_cache(model) is None
+    model.config._attn_implementation = "flash_attention_2"
+    why = why_no_decode_cache(model)
+    assert why is not None
+    assert "flash_attention_2" in why
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_growing_keeps_what_was_there(family: str) -> None:
     model = tiny.build_tiny(family).eval()
