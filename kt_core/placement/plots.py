@@ -108,7 +108,7 @@ def draw_heatmap(
     if resident is not None:
         rows, columns = np.nonzero(resident)
         # Seen on dark and on bright alike.
-        dots = {"markersize": 3, "markeredgecolor": "black", "markeredgewidth": 0.6}
+        dots: dict[str, Any] = {"markersize": 3, "markeredgecolor": "black", "markeredgewidth": 0.6}
         axes.plot(columns, rows, "s", color="white", **dots)
     figure.suptitle(title, wrap=True)
     note = "" if resident is None else " (dots: on the accelerator)"
