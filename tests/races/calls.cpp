@@ -14,6 +14,7 @@ namespace {
 
 constexpr size_t kStreams = 3, kRounds = 20;
 constexpr std::align_val_t kAlignment{64};
+constexpr std::chrono::microseconds kNow{50};  // between two questions
 
 std::shared_ptr<uint8_t[]> PackedBytes(const ExpertLayer& layer) {
   return {new (kAlignment) uint8_t[layer.layout().bytes],
@@ -96,6 +97,7 @@ void CallsOfStreams(const Kernels& kernels) {
     std::atomic<size_t> times{0};
     std::jthread asking([&](const std::stop_token& stop) {
       while (!stop.stop_requested()) {
+        std::this_thread::sleep_for(kNow);
         times.fetch_add(stream_call.TakeTimes().size(), std::memory_order_relaxed);
         Check(stream_call.TakeError().empty(), "a call failed");
       }
@@ -130,6 +132,7 @@ void CallsThatFail(const Kernels& kernels) {
     std::string errors;
     std::jthread asking([&](const std::stop_token& stop) {
       while (!stop.stop_requested()) {
+        std::this_thread::sleep_for(kNow);
         errors += fails.TakeError();
         Check(works.TakeError().empty(), "a good call failed");
       }
@@ -171,7 +174,7 @@ void ExpertsMove(const Kernels& kernels) { Move(kernels, FlatTopology(3)); }
 
 void ExpertsMoveOnNodes(const Kernels& kernels) { Move(kernels, TwoNodes()); }
 
-// An expert is loaded again while a call computes with it.
+// An expert is loaded again and again while calls compute with it.
 void PlantedLoad(const Kernels& kernels) {
   const Engine engine = MakeEngine(kernels, FlatTopology(2));
   const auto layer = MakeLayer(engine);
@@ -179,9 +182,16 @@ void PlantedLoad(const Kernels& kernels) {
   layer->CopyPacked(0, copy.get());
   Call call(3, 1);
   std::ranges::fill(call.ids, 0);
-  const auto job = layer->Submit(call.args());
-  layer->LoadPacked(0, copy.get());
-  layer->Wait(*job);
+  std::jthread loading([&](const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
+      std::this_thread::sleep_for(kNow);
+      layer->LoadPacked(0, copy.get());
+    }
+  });
+  for (size_t round = 0; round < kRounds; ++round) {
+    StreamCall stream_call(layer, call.args());  // fails where the expert is just being loaded
+    StreamCall::Start(&stream_call);
+  }
 }
 
 // Two streams start the same call.
