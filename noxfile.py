@@ -287,7 +287,9 @@ def families(session: nox.Session) -> None:
 @needs_env
 def outside(session: nox.Session) -> None:
     """Install a plug-in from outside this repository beside kt, and use it."""
-    slow = (program(session, "pytest"), "-m", "slow and not network and not grid")
+    # On a busy machine, compiling takes longer than a test may.
+    pytest = (program(session, "pytest"), "-o", "faulthandler_timeout=3600")
+    slow = (*pytest, "-m", "slow and not network and not grid")
     session.run(*slow, *session.posargs, env=TEST_ENV)
 
 
