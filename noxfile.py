@@ -115,22 +115,29 @@ def formats(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Check style, imports, the layout of C++, and what the ISA objects export."""
     session.install(*CONSTRAINTS, "ruff", "import-linter", "clang-format")
-    session.install("cmake", "ninja", "pybind11")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports", env={"PYTHONPATH": os.pathsep.join([".", "backends", "plugins"])})
     session.run("clang-format", "--dry-run", "-Werror", *cpp_files())
-    build_dir = str(BUILD / "lint")
+    build_dir = compiled(session)
+    session.run("python", "tools/check_symbols.py", build_dir)
+
+
+def compiled(session: nox.Session, *targets: str, **defines: str) -> str:
+    """Compile with CMake alone, everything or some targets; return the build's folder."""
+    session.install("cmake", "ninja", "pybind11")
+    build_dir = str(BUILD / session.name)
     cmake_dir = session.run("python", "-m", "pybind11", "--cmakedir", silent=True)
-    defines = {
+    defines |= {
         "pybind11_DIR": str(cmake_dir).strip(),
         "Python_EXECUTABLE": str(Path(session.bin, "python")),
         "KT_WARNINGS_AS_ERRORS": "ON",
     }
     options = [f"-D{name}={value}" for name, value in defines.items()]
     session.run("cmake", "-S", ".", "-B", build_dir, "-G", "Ninja", *options, silent=True)
-    session.run("cmake", "--build", build_dir)
-    session.run("python", "tools/check_symbols.py", build_dir)
+    chosen = ["--target", *targets] if targets else []
+    session.run("cmake", "--build", build_dir, *chosen)
+    return build_dir
 
 
 @nox.session(name="format", default=False)
@@ -144,7 +151,7 @@ def format_files(session: nox.Session) -> None:
 
 def cpp_files() -> list[str]:
     """Return every C++ file."""
-    folders = (Path("csrc"), Path("backends"), Path("tests/isa"))
+    folders = map(Path, ("csrc", "backends", "tests/isa", "tests/races"))
     return sorted(str(path) for folder in folders for path in folder.rglob("*.?pp"))
 
 
@@ -193,7 +200,7 @@ def amx(session: nox.Session) -> None:
 
 @needs_env
 def asan(session: nox.Session) -> None:
-    """Run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Run kernels and runtime under AddressSanitizer and UndefinedBehaviorSanitizer."""
     compiler = os.environ.get("CXX", "c++")
     libraries = []
     # libstdc++ too: else the sanitizer looks for __cxa_throw before it is loaded.
@@ -202,7 +209,7 @@ def asan(session: nox.Session) -> None:
         libraries.append(str(path).strip())
     target = (BUILD / "asan" / "packages").resolve()
     shutil.rmtree(target, ignore_errors=True)
-    sanitize = build_options("asan", KT_SANITIZE="address,undefined")
+    sanitize = build_options("asan", KT_SANITIZE="address,undefined", KT_TEST_RACES="ON")
     pip = (program(session, "python"), "-m", "pip", "install", "--quiet", "--no-deps")
     session.run(*pip, *sanitize, "--target", str(target), ".")
     # Little is inlined at -O1, so this sees what -O3 may hide.
@@ -217,6 +224,31 @@ def asan(session: nox.Session) -> None:
     # --capture=sys: a sanitizer writes its report and ends the process.
     pytest = (program(session, "pytest"), "-q", "--capture=sys")
     session.run(*pytest, *(session.posargs or ASAN_TESTS), env=environment)
+    # What no Python takes part in, with leaks: calls that streams start, experts that move.
+    programs = (BUILD / "asan").glob("*/tests/races/kt_races")
+    races = str(max(programs, key=lambda file: file.stat().st_mtime))
+    session.run(races, external=True, env={"UBSAN_OPTIONS": "print_stacktrace=1"})
+
+
+@nox.session(default=False)
+def tsan(session: nox.Session) -> None:
+    """Run the runtime under ThreadSanitizer, which must find the races of ``kt_races planted``.
+
+    In a program without Python and torch, whose threads it could not see into: tests/races.
+    """
+    build_dir = compiled(session, "kt_races", KT_SANITIZE="thread", KT_TEST_RACES="ON")
+    races = str(Path(build_dir, "tests/races/kt_races"))
+    session.run(races, *session.posargs, external=True, env={"TSAN_OPTIONS": "exitcode=66"})
+    found = session.run(
+        *(races, "planted"),
+        external=True,
+        silent=True,
+        success_codes=[66],
+        env={"TSAN_OPTIONS": "exitcode=66"},
+    )
+    for name in ("ExpertLayer::LoadPacked", "StreamCall::StartJob"):
+        if name not in str(found):
+            session.error(f"ThreadSanitizer did not see the race in {name}")
 
 
 @needs_env
@@ -255,7 +287,9 @@ def families(session: nox.Session) -> None:
 @needs_env
 def outside(session: nox.Session) -> None:
     """Install a plug-in from outside this repository beside kt, and use it."""
-    slow = (program(session, "pytest"), "-m", "slow and not network and not grid")
+    # On a busy machine, compiling takes longer than a test may.
+    pytest = (program(session, "pytest"), "-o", "faulthandler_timeout=3600")
+    slow = (*pytest, "-m", "slow and not network and not grid")
     session.run(*slow, *session.posargs, env=TEST_ENV)
 
 

@@ -94,7 +94,7 @@ def place(
     if plot is not None:
         from kt_core.placement.plots import draw_hit_rates
 
-        draw_hit_rates(runs, plot)
+        draw_hit_rates(runs, plot, title=f"Placements of {tried.model}")
     results = [describe(run) for run in runs]
     if as_json:
         print_json({"model": tried.model, "machine": asdict(machine), "results": results})

@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from kt_core.engine.hybrid_layers import HybridLayers
-from kt_core.errors import NotEnoughMemoryError, TraceError
+from kt_core.errors import DeviceError, NotEnoughMemoryError, TraceError
 from kt_core.interfaces import (
     ExpertDevice,
     ExpertGrid,
     ExpertId,
     ExpertKernel,
     OnlinePlacement,
-    Placement,
     PlacementPolicy,
     RoutingStatistics,
 )
 from kt_core.moe.expert_mover import ExpertMover
 from kt_core.moe.hybrid_experts import HybridExperts
 from kt_core.moe.streamed_layers import StreamRates
+from kt_core.placement.devices import HOST, direct, spread
 from kt_core.placement.machine import LINK_SHARE, LinkBudget
 from kt_core.placement.statistics import (
     load_statistics,
@@ -97,8 +97,7 @@ class Accelerators:
         counters: What has happened.
         hybrid: The layers.
         mover: Moves experts.
-        room_bytes: Memory that the devices have left for experts.
-        budget_bytes: What experts on them may take.
+        budget_bytes: What experts on them may take together.
     """
 
     def __init__(
@@ -114,12 +113,15 @@ class Accelerators:
         self.wish = wish
         self.counters = AcceleratorCounters()
         self.hybrid = HybridLayers(devices, precision)
-        self.mover = ExpertMover(self.hybrid.layers, self.hybrid.device)
-        self.room_bytes = 0
+        self.mover = ExpertMover(
+            self.hybrid.layers,
+            *(torch.device(device.info.torch_device) for device in self.devices),
+        )
         self.budget_bytes = 0
+        self._rooms = [0] * len(self.devices)
         self._can_stream = False
         self._grid: ExpertGrid | None = None
-        self._placement: Placement | None = None
+        self._homes: dict[ExpertId, int] = {}  # of what is hot at start
         self._online: OnlinePlacement | None = None
         self._link: LinkBudget | None = None
         self._counts: torch.Tensor | None = None
@@ -133,34 +135,39 @@ class Accelerators:
         return self.hybrid.device
 
     @property
-    def memory_bytes(self) -> int:
-        """Memory of all devices that may be used."""
-        limit = self.wish.memory_bytes
-        sizes = [device.info.memory_bytes for device in self.devices]
-        return sum(size if limit is None else min(size, limit) for size in sizes)
+    def room_bytes(self) -> int:
+        """Memory that the devices have left for experts."""
+        return sum(self._rooms)
 
     def make_room(self, outline: ModelOutline, *, graph: bool) -> None:
-        """Find what is left for experts beside the dense part and a cache of some context.
+        """Find what is left for experts: on the first device, beside the dense part and a cache.
 
         Args:
             outline: The model.
             graph: Whether steps are replayed from graphs, whose caches keep all tokens.
 
         Raises:
-            NotEnoughMemoryError: Nothing is.
+            NotEnoughMemoryError: Not even these fit.
         """
+        limit = self.wish.memory_bytes
+        sizes = [device.info.memory_bytes for device in self.devices]
+        usable = [size if limit is None else min(size, limit) for size in sizes]
+        self._rooms = [
+            max(0, most - card_reserve_bytes(size))
+            for most, size in zip(usable, sizes, strict=True)
+        ]
         context = min(CONTEXT, outline.max_context or CONTEXT)
         prompt = min(PROMPT, context)
         needed = sum(computing_bytes(outline, context, prompt, keeps_all=graph).values())
-        needed += sum(card_reserve_bytes(device.info.memory_bytes) for device in self.devices)
-        if needed > self.memory_bytes:
+        if needed > self._rooms[0]:
+            needed += usable[0] - self._rooms[0]
             msg = (
                 f"the dense part with a cache of {context} tokens takes {needed / 1e9:.2f} GB on "
-                f"{self.devices[0].info.name}, which has {self.memory_bytes / 1e9:.2f} GB: take a "
+                f"{self.devices[0].info.name}, which has {usable[0] / 1e9:.2f} GB: take a "
                 f"larger device, or run on the host (--device {self.host.info.name})"
             )
             raise NotEnoughMemoryError(msg)
-        self.room_bytes = self.memory_bytes - needed
+        self._rooms[0] -= needed
 
     def choose(self, layers: Sequence[tuple[MoeSpec, Format]]) -> None:
         """Decide what is hot, once it is known what there is.
@@ -179,14 +186,23 @@ class Accelerators:
         room, slots = self.room_bytes, _slot_bytes(layers, grid)
         wish = self.wish.hot_experts
         self.budget_bytes = hot_budget_bytes(wish, grid, room)
-        if wish == "auto" and self.budget_bytes < grid.total_bytes and room > slots:
+        slots_fit = self._rooms[0] >= slots  # they lie where the hidden states do
+        if wish == "auto" and self.budget_bytes < grid.total_bytes and slots_fit:
             self.budget_bytes = min(self.budget_bytes, room - slots)
-        self._can_stream = room - self.budget_bytes >= slots
+        self._can_stream = slots_fit and room - self.budget_bytes >= slots
+        if self._can_stream:
+            self._rooms[0] -= slots
         known = self.wish.statistics or RoutingStatistics.unknown(grid)
         self._grid = grid
-        self._placement = self.wish.policy.place(known, self.budget_bytes, grid)
-        if len(self.devices) == 1:
-            self._online = self.wish.policy.online(known, self.budget_bytes, grid)
+        placement = self.wish.policy.place(known, self.budget_bytes, grid)
+        self._homes = spread(placement, grid, self._rooms)
+        if (left_out := placement.num_resident - len(self._homes)) > 0:
+            _log.warning(
+                "%d experts stay on the host, no single device has room for them: a smaller "
+                "--hot-experts avoids this warning",
+                left_out,
+            )
+        self._online = self.wish.policy.online(known, self.budget_bytes, grid)
         self._counts = torch.zeros(grid.shape, dtype=torch.int64, device=self.torch_device)
 
     def layer(
@@ -206,12 +222,11 @@ class Accelerators:
 
         May be called from several threads.
         """
-        assert self._placement is not None
-        hot = self._placement.resident[layer]
-        if expert not in hot:
+        found = ExpertId(layer, expert)
+        if (home := self._homes.get(found)) is None:
             return
         with self._lock:
-            self.mover.load_now(ExpertId(layer, expert), 1 + hot.index(expert) % len(self.devices))
+            self.mover.load_now(found, home)
 
     def start(self, dtype: torch.dtype) -> None:
         """Measure the rates, and begin to follow the routing: every expert is where it shall be.
@@ -254,12 +269,14 @@ class Accelerators:
         if self._online is None or self._link is None:
             return
         granted = self._link.grant(step_s)
-        resident = self.mover.resident(counts.shape)
-        swaps = self._online.observe(counts, resident, tokens=tokens, link_bytes=granted)
+        homes = self.mover.homes(counts.shape)
+        swaps = self._online.observe(counts, homes != HOST, tokens=tokens, link_bytes=granted)
         if swaps:
             assert self._grid is not None
-            self._link.spend(sum(self._grid.expert_bytes[swap.load.layer] for swap in swaps))
-            self.mover.begin(swaps)
+            directed = direct(swaps, homes, self._grid, self._rooms)
+            self._link.spend(sum(self._grid.expert_bytes[swap.load.layer] for swap, _ in directed))
+            for swap, device in directed:
+                self.mover.begin([swap], device)
 
     def _is_hot(self, shape: tuple[int, ...]) -> NDArray[np.bool_]:
         """Return ``[layers, experts]``: which experts accelerators compute; made after moves."""
@@ -293,8 +310,12 @@ class Accelerators:
         }
 
     def close(self) -> None:
-        """Wait for what is under way, and let the devices go."""
-        self.mover.finish()
+        """Wait for what is under way, and let the devices go, those that are lost too."""
+        try:
+            self.mover.finish()
+        except (DeviceError, RuntimeError) as error:
+            _log.warning("an accelerator failed while experts were moved: %s", _first_line(error))
+            self.mover.abandon()
         self.hybrid.layers.clear()
         for device in self.devices:
             device.close()
@@ -340,13 +361,18 @@ def known_statistics(directory: Path) -> RoutingStatistics | None:
 
 def remember_statistics(directory: Path, accelerators: Accelerators) -> None:
     """Add what this run learned. A failure is a warning: the next run is slower at first."""
-    learned = accelerators.statistics()
-    if learned.tokens == 0:
+    if accelerators.counters.tokens == 0:
         return
     file = statistics_file(directory)
     try:
+        learned = accelerators.statistics()
         if (known := load_statistics(file)) is not None:
             learned = merge(known, learned)
         save_statistics(learned, file)
-    except (TraceError, ValueError) as error:
-        _log.warning("routing statistics were not kept: %s", error)
+    except (TraceError, ValueError, DeviceError, RuntimeError) as error:
+        _log.warning("routing statistics were not kept: %s", _first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the traces that runtimes append."""
+    return str(error).partition("\n")[0]

@@ -1,9 +1,13 @@
 """Moves experts between the host and accelerators while a model runs.
 
 An expert moves in steps that follow each other without anybody waiting: its bytes are copied in a
-stream of their own; when they are there, the next step of the model begins with the new home; when
-no earlier step can want the old copy any more, it goes. Between steps of the model ``advance``
-looks what has come to pass. So for a while an expert lies twice in memory, and never nowhere.
+stream of their own, one for each accelerator; when they are there, the next step of the model
+begins with the new home; when no earlier step can want the old copy any more, it goes. Between
+steps of the model ``advance`` looks what has come to pass. So for a while an expert lies twice in
+memory, and never nowhere.
+
+The model's stream waits for what other accelerators compute for it, so that a point in this one
+stream tells when an old copy is done with, wherever that is.
 """
 
 from __future__ import annotations
@@ -18,17 +22,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kt_core.interfaces import ExpertId, ExpertKernel, Swap
+from kt_core.interfaces import ExpertId, Swap
 from kt_core.moe.hybrid_experts import HybridExperts
 from kt_core.moe.timeline import Kind, Label, Timeline, spanned
+from kt_core.placement.devices import HOST
 
 if TYPE_CHECKING:
-    from kt_core.interfaces.placement_policy import Mask
+    import numpy as np
+    from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
-
-# The place of the host among the kernels of every layer.
-HOST = 0
 
 
 class _Stage(Enum):
@@ -58,16 +61,19 @@ class ExpertMover:
         timeline: Where moves are noted; None for nowhere.
     """
 
-    def __init__(self, layers: Sequence[HybridExperts], device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[HybridExperts], device: torch.device, *peers: torch.device
+    ) -> None:
         """Take the layers: ``kernels[0]`` on the host, the others on accelerators.
 
         Args:
             layers: In the order of ``ExpertId.layer``.
-            device: Whose stream the model runs in.
+            device: Of ``kernels[1]``; the model runs in its stream.
+            peers: Of the kernels behind it.
         """
         self._layers = layers
         self._device = device
-        self._copies = torch.Stream(device=device)
+        self._copies = [torch.Stream(device=one) for one in (device, *peers)]
         self._moves: deque[_Move] = deque()
         self._staging: dict[int, list[torch.Tensor]] = {}
         self.bytes_to_device = 0
@@ -80,9 +86,10 @@ class ExpertMover:
         """Move an expert from the host before the model runs, and wait until it is there."""
         layer = self._layers[expert.layer]
         host, accelerator = layer.kernels[HOST], layer.kernels[target]
-        with self._copies:
+        copies = self._copies_with(HOST, target)
+        with copies:
             accelerator.load_packed(expert.expert, host.packed(expert.expert))
-        self._copies.synchronize()
+        copies.synchronize()
         host.unload(expert.expert)
 
     def begin(self, swaps: Sequence[Swap], target: int = 1) -> None:
@@ -98,17 +105,17 @@ class ExpertMover:
                 self._start_copy(_Move(expert, HOST), source=home)
             self._moves.append(_Move(load, target, evicted))
 
-    def resident(self, shape: tuple[int, int]) -> Mask:
-        """Return ``[layers, experts]``: what will lie on accelerators when all moves are done."""
+    def homes(self, shape: tuple[int, int]) -> NDArray[np.int64]:
+        """Return ``[layers, experts]``: the kernel of each expert when all moves are done."""
         import numpy as np
 
-        mask = np.zeros(shape, dtype=np.bool_)
+        homes = np.full(shape, HOST, dtype=np.int64)
         for index, layer in enumerate(self._layers):
-            for kernel in layer.kernels[1:]:
-                mask[index, sorted(kernel.resident())] = True
+            for number, kernel in enumerate(layer.kernels[1:], start=1):
+                homes[index, sorted(kernel.resident())] = number
         for move in self._moves:
-            mask[move.expert] = move.target != HOST
-        return mask
+            homes[move.expert] = move.target
+        return homes
 
     @property
     def is_idle(self) -> bool:
@@ -134,8 +141,13 @@ class ExpertMover:
         """Wait until nothing is on its way."""
         while self._moves:
             torch.accelerator.synchronize(self._device)
-            self._copies.synchronize()
+            for copies in self._copies:
+                copies.synchronize()
             self.advance()
+
+    def abandon(self) -> None:
+        """Forget what is on its way, where it can arrive no more: a device is lost."""
+        self._moves.clear()
 
     def _is_moving(self, expert: ExpertId) -> bool:
         return any(move.expert == expert for move in self._moves)
@@ -146,32 +158,38 @@ class ExpertMover:
             index for index in range(1, len(kernels)) if expert.expert in kernels[index].resident()
         )
 
+    def _copies_with(self, one: int, other: int) -> torch.Stream:
+        """The stream for copies between two kernels, of which one is the host's."""
+        assert HOST in (one, other)
+        return self._copies[max(one, other) - 1]
+
     def _start_copy(self, move: _Move, source: int) -> None:
         kernels = self._layers[move.expert.layer].kernels
+        copies = self._copies_with(source, move.target)
         from_kernel, to_kernel = kernels[source], kernels[move.target]
         packed = from_kernel.packed(move.expert.expert)
         move.staged = self._take_staging(packed.numel())
         if move.target == HOST:
-            with self._copies, self._noted(move):
+            with copies, self._noted(move, copies):
                 move.staged.copy_(packed, non_blocking=True)
             self.bytes_to_host += packed.numel()
         else:
             move.staged.copy_(packed)
             try:
-                with self._copies, self._noted(move):
+                with copies, self._noted(move, copies):
                     to_kernel.load_packed(move.expert.expert, move.staged)
             except torch.OutOfMemoryError as error:
                 self._give_up(move, error)
                 return
             self.bytes_to_device += packed.numel()
-        move.stage, move.event = _Stage.COPYING, self._copies.record_event()
+        move.stage, move.event = _Stage.COPYING, copies.record_event()
         self._moves.append(move)
 
-    def _noted(self, move: _Move) -> AbstractContextManager[None]:
+    def _noted(self, move: _Move, copies: torch.Stream) -> AbstractContextManager[None]:
         where = "host" if move.target == HOST else "device"
         name = f"expert {move.expert.expert} of layer {move.expert.layer} to the {where}"
-        label = Label(Kind.MOVE, f"{self._device} moves", name, move.expert.layer)
-        return spanned(self.timeline, self._copies, label)
+        label = Label(Kind.MOVE, f"{copies.device} moves", name, move.expert.layer)
+        return spanned(self.timeline, copies, label)
 
     def _give_up(self, move: _Move, error: torch.OutOfMemoryError) -> None:
         """Leave an expert where it is: somebody else took the memory that it was to have."""
@@ -198,18 +216,14 @@ class ExpertMover:
     def _leave(self, move: _Move) -> None:
         """Give the old copy's memory back."""
         self._moves.remove(move)
-        kernels = self._layers[move.expert.layer].kernels
-        for index, kernel in enumerate(kernels):
+        for index, kernel in enumerate(self._layers[move.expert.layer].kernels):
             if index != move.target and move.expert.expert in kernel.resident():
-                self._unload(kernel, move.expert.expert)
+                # In the stream of the copies: the next expert's are ordered behind it.
+                with self._copies_with(index, move.target):
+                    kernel.unload(move.expert.expert)
         assert move.staged is not None
         self._put_staging(move.staged)
         self.moves += 1
-
-    def _unload(self, kernel: ExpertKernel, expert: int) -> None:
-        # In the stream of the copies: the next expert's are ordered behind it.
-        with self._copies:
-            kernel.unload(expert)
 
     def _put_staging(self, staged: torch.Tensor) -> None:
         self._staging.setdefault(staged.numel(), []).append(staged)

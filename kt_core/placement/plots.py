@@ -10,7 +10,7 @@ import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL = 12  # pixels of an expert in the HTML heat map
+_MARGIN = 30  # for the numbers of layers
+_MARKERS = "osd^vx"
 
 
 def check_plot_file(file: Path, suffixes: Sequence[str]) -> None:
@@ -43,16 +45,23 @@ def check_plot_file(file: Path, suffixes: Sequence[str]) -> None:
         _new_figure(1, 1)
 
 
-def draw_hit_rates(simulations: Sequence[Simulation], file: Path) -> None:
+def draw_hit_rates(simulations: Sequence[Simulation], file: Path, *, title: str) -> None:
     """Draw a line for each policy: hit rate, and predicted decode speed, over residency."""
     figure = _new_figure(11, 4.5)
     hits, speed = figure.subplots(1, 2)
-    for policy in dict.fromkeys(s.policy for s in simulations):
+    for number, policy in enumerate(dict.fromkeys(s.policy for s in simulations)):
         own = [s for s in simulations if s.policy == policy]
         percent = [100 * s.hot_fraction for s in own]
-        hits.plot(percent, [100 * s.hit_rate() for s in own], marker="o", label=policy)
-        speed.plot(percent, [s.tokens_per_s(is_decode=True) for s in own], marker="o", label=policy)
+        # Policies may agree to a pixel: later lines are dashed, and thinner, so that both show.
+        dashes: Any = "-" if number == 0 else (0, (4, 2 + number))
+        style: dict[str, Any] = {"linestyle": dashes, "marker": _MARKERS[number % len(_MARKERS)]}
+        style |= {"linewidth": max(3.5 - number / 2, 1.5), "fillstyle": "none", "label": policy}
+        hits.plot(percent, [100 * s.hit_rate() for s in own], **style)
+        speed.plot(percent, [s.tokens_per_s(is_decode=True) for s in own], **style)
+    figure.suptitle(title, wrap=True)
     hits.set_ylabel("hit rate, %")
+    hits.set_ylim(0, 102)
+    speed.set_ylim(bottom=0)
     speed.set_ylabel("predicted decode, tokens/s")
     for axes in (hits, speed):
         axes.set_xlabel("experts on the accelerator, %")
@@ -98,7 +107,9 @@ def draw_heatmap(
     figure.colorbar(image, label="use, 1 = an even share")
     if resident is not None:
         rows, columns = np.nonzero(resident)
-        axes.plot(columns, rows, "s", color="white", markersize=1.5)
+        # Seen on dark and on bright alike.
+        dots: dict[str, Any] = {"markersize": 3, "markeredgecolor": "black", "markeredgewidth": 0.6}
+        axes.plot(columns, rows, "s", color="white", **dots)
     figure.suptitle(title, wrap=True)
     note = "" if resident is None else " (dots: on the accelerator)"
     axes.set_xlabel(f"expert{note}")
@@ -121,6 +132,7 @@ def heatmap_html(
     layers, width = grid.shape
     cells = []
     for layer, number in enumerate(grid.num_experts):
+        cells.append(f'<text x="-4" y="{layer * _CELL + 9}">{layer}</text>')
         for expert in range(number):
             depth = math.sqrt(share[layer, expert] / top)  # else all but a few look the same
             is_hot = resident is not None and bool(resident[layer, expert])
@@ -140,10 +152,12 @@ def heatmap_html(
     return (
         f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title>\n"
-        "<style>body{font-family:sans-serif;margin:2em}.hot{stroke:#e4572e;stroke-width:2}</style>\n"
+        "<style>body{font-family:sans-serif;margin:2em}.hot{stroke:#e4572e;stroke-width:2}"
+        f"text{{font-size:{_CELL - 3}px;text-anchor:end}}</style>\n"
         f"<h1>{html.escape(title)}</h1>\n<p>{note} Rows: {layers} layers. "
         f"Columns: up to {width} experts.</p>\n"
-        f'<svg width="{width * _CELL}" height="{layers * _CELL}" role="img">\n'
+        f'<svg width="{width * _CELL + _MARGIN}" height="{layers * _CELL}" role="img" '
+        f'viewBox="{-_MARGIN} 0 {width * _CELL + _MARGIN} {layers * _CELL}">\n'
         + "\n".join(cells)
         + "\n</svg></html>\n"
     )

@@ -74,7 +74,7 @@ def test_its_own_tests_pass(environment: Path, tmp_path: Path) -> None:
     assert " passed" in output
     # What it says it cannot do, and nothing else.
     skipped = [line for line in output.splitlines() if line.startswith("SKIPPED")]
-    allowed = ("does not train", "computes no dense layers")
+    allowed = ("does not train", "computes no dense layers", "cannot move packed experts")
     assert all(any(reason in line for reason in allowed) for line in skipped), skipped
 
 
