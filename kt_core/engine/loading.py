@@ -22,7 +22,7 @@ from kt_core.checkpoint import Checkpoint, PackedDirectory
 from kt_core.checkpoint.packed_directory import MappedExperts
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.accelerators import Accelerators
-from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.dense_layers import DenseLayers
 from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
 from kt_core.engine.packed_loading import check_packed_sites, packed_formats
@@ -113,7 +113,7 @@ class ExpertLoader:
     format_name: str
     precision: ActivationPrecision
     progress: Progress
-    dense: DenseLoader | None = None
+    dense: DenseLayers | None = None
     packed: PackedDirectory | None = None
     accelerators: Accelerators | None = None
     formats: dict[str, Format] = field(default_factory=dict)

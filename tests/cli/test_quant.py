@@ -27,8 +27,8 @@ def test_quant_says_what_it_did(kt: Kt, stories: Path, tmp_path: Path) -> None:
         kt("quant", stories, tmp_path / "two", "--format", "mxfp4", "--json").succeeds()
     )
     assert set(report) == {
-        "target", "method", "layers", "resumed_files", "expert_bytes", "dense_bytes", "seconds",
-        "evaluation",
+        "target", "method", "layers", "dense_layers", "resumed_files", "expert_bytes",
+        "dense_bytes", "seconds", "evaluation",
     }  # fmt: skip
     assert report["method"] == "search"
     assert {layer["format"] for layer in report["layers"]} == {"mxfp4"}

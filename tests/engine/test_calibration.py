@@ -17,9 +17,9 @@ from cli.calling import STORIES
 from kt_core import plugins
 from kt_core.engine.calibration import Calibration, calibrate
 from kt_core.engine.evaluation import evaluate
-from kt_core.engine.quantize import QuantReport
 from kt_core.engine.quantize_command import Options, run
 from kt_core.engine.quantize_plan import plan_quantization
+from kt_core.engine.quantize_report import QuantReport
 from kt_core.engine.text_windows import WINDOW_TOKENS
 from kt_core.errors import InvalidRequestError
 from kt_core.interfaces import no_progress

@@ -25,9 +25,10 @@ import kt_core
 from kt_core import plugins
 from kt_core.engine import quantize as module
 from kt_core.engine.packed_cache import cached_models, remove_cached
-from kt_core.engine.quantize import QuantReport, open_finished, quantize, unfinished
+from kt_core.engine.quantize import open_finished, quantize, unfinished
 from kt_core.engine.quantize_expert import Method
 from kt_core.engine.quantize_plan import plan_quantization
+from kt_core.engine.quantize_report import QuantReport
 from kt_core.errors import (
     CheckpointError,
     InvalidRequestError,
