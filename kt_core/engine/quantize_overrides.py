@@ -44,7 +44,7 @@ def check_overrides(
     for pattern in overrides:
         if fnmatch.filter([*experts, *dense_names], pattern):
             continue
-        if layer := _layer_within(pattern, experts):
+        if layer := _layer_within(pattern, sites):
             msg = (
                 f"the override {pattern!r} is for single experts, which cannot have formats of "
                 "their own: one kernel computes all experts of a layer, and reads them in one "
@@ -61,9 +61,16 @@ def check_overrides(
         raise InvalidRequestError(msg)
 
 
-def _layer_within(pattern: str, experts: Sequence[str]) -> str | None:
-    """Return the beginning of a pattern that matches whole layers; None where none does."""
-    while pattern := pattern.rpartition(".")[0]:
-        if fnmatch.filter(experts, pattern):
-            return pattern
+def _layer_within(pattern: str, sites: Sequence[ExpertsSite]) -> str | None:
+    """Return the layer of an expert that a pattern, or its beginning, names by its number."""
+    experts = {
+        f"{site.module_name}.{expert}": site.module_name
+        for site in sites
+        for expert in range(site.spec.num_experts)
+    }
+    while pattern:
+        if any(map(str.isdigit, pattern.rpartition(".")[2])):
+            for name in fnmatch.filter(experts, pattern):
+                return experts[name]
+        pattern = pattern.rpartition(".")[0]
     return None
