@@ -43,7 +43,7 @@ from kt_core.interfaces import (
     Progress,
 )
 from kt_core.moe.hybrid_experts import HybridExperts
-from kt_core.plan.fitting import first_that_fits
+from kt_core.plan.fitting import check_dense_fits, first_that_fits
 from kt_core.plugins import Registry
 from kt_core.types import ActivationPrecision, Format
 
@@ -139,6 +139,7 @@ class ExpertLoader:
             self.dense.replace(model, sources)
         if self.packed:
             self.formats = packed_formats(self.packed, own)
+            check_dense_fits(_dense_bytes(model, sites), hardware.available_memory_bytes())
         else:
             self.formats = self._choose_formats(model, own, tensors)
         self._replace(model, own, tied, tensors)
