@@ -2,9 +2,10 @@
 
 For a directory that `kt quant` made. A control group of its own (cgroup v1 or v2, a child of this
 process's) limits a process to some part of the experts' bytes, page cache included; from an empty
-page cache it decodes random tokens and says how long each took, how many pages it had to wait for
-(major faults: what read-ahead did not bring), how much was read from disk, and what was swapped. A
-plain read of a file of experts, outside the group, says what the disk gives. Prints JSON.
+page cache it reads random tokens, `--step` at a time, and says how long each pass took, how many
+pages it had to wait for (major faults: what read-ahead did not bring), how much was read from disk,
+and what was swapped. A plain read of a file of experts, outside the group, says what the disk
+gives. Prints JSON.
 """
 
 from __future__ import annotations
@@ -62,21 +63,21 @@ def decode(model: str, options: argparse.Namespace) -> None:
     with kt_core.load(model, threads=options.threads) as engine, torch.inference_mode():
         size = engine.model.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(options.seed)
-        ids = torch.randint(size, (1, options.tokens + 1), generator=generator)
+        ids = torch.randint(size, (1, options.passes * options.step), generator=generator)
         cache = None
         times, faults, read = [], _faults(), _read_bytes()
-        for at in range(options.tokens):
+        for step in ids.split(options.step, dim=1):
             start = time.perf_counter()
-            output = engine.model(input_ids=ids[:, at : at + 1], past_key_values=cache)
+            output = engine.model(input_ids=step, past_key_values=cache)
             cache = output.past_key_values
             times.append(time.perf_counter() - start)
         report = {
             "expert_bytes": engine.stats().expert_bytes,
-            "median_token_s": median(times),
-            "mean_token_s": sum(times) / len(times),
-            "slowest_token_s": max(times),
-            "major_faults_per_token": (_faults() - faults) / len(times),
-            "read_bytes_per_token": (_read_bytes() - read) / len(times),
+            "median_pass_s": median(times),
+            "mean_pass_s": sum(times) / len(times),
+            "slowest_pass_s": max(times),
+            "major_faults_per_pass": (_faults() - faults) / len(times),
+            "read_bytes_per_pass": (_read_bytes() - read) / len(times),
             "swapped_bytes": _status("VmSwap"),
             "anonymous_bytes": _status("RssAnon"),
         }
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace, limit_bytes: int) -> dict[str, Any]:
     """Let a child decode in a group of its own."""
     files = sorted(options.model.glob("*.safetensors"))
     command = [sys.executable, __file__, str(options.model), "--child"]
-    for name in ("tokens", "threads", "seed"):
+    for name in ("passes", "step", "threads", "seed"):
         command += [f"--{name}", str(getattr(options, name))]
     forget(files)
     with limited(limit_bytes) as group:
@@ -127,7 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
     parser.add_argument("--limits-gb", default="8,1", help="memory of the group; 1 is 10^9 bytes")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--passes", type=int, default=128)
+    parser.add_argument(
+        "--step", type=int, default=1, help="tokens of a pass: many meet all experts"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

@@ -22,7 +22,7 @@ import transformers
 from safetensors.torch import load_file
 
 import kt_core
-from kt_core import plugins
+from kt_core import hardware, plugins
 from kt_core.engine import quantize as module
 from kt_core.engine.packed_cache import cached_models, remove_cached
 from kt_core.engine.quantize import open_finished, quantize, unfinished
@@ -34,11 +34,13 @@ from kt_core.errors import (
     InvalidRequestError,
     KtError,
     NotEnoughDiskError,
+    NotEnoughMemoryError,
     UnknownNameError,
     UnsupportedFormatError,
 )
 from kt_core.interfaces import Progress, no_progress
 from kt_core.packed.codec import unpack
+from kt_core.plan import fitting
 from kt_core.quant.reference import dequantize
 
 Saved = Callable[..., Path]
@@ -292,6 +294,21 @@ def test_what_packed_dense_layers_cannot_do(
     config["quantization_config"]["dense"]["lm_head"]["in_features"] += 1
     (target / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="packed dense layer lm_head of LinearSpec"):
+        kt_core.load(target, threads=1)
+
+
+def test_a_dense_part_that_does_not_fit(
+    saved: Saved, tmp_path: Path, registry: plugins.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts need no room, being mapped; everything else does, and is refused before it is read."""
+    target = tmp_path / "packed"
+    pack(saved("qwen3_moe"), target, registry)
+    with kt_core.load(target, threads=1) as engine:
+        needed = engine.stats().dense_bytes + fitting.RESERVE_BYTES
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: needed)
+    kt_core.load(target, threads=1).close()
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(NotEnoughMemoryError, match="its experts stay in their files"):
         kt_core.load(target, threads=1)
 
 
