@@ -1,11 +1,11 @@
 """How fast does a packed model decode that is larger than the memory it may use?
 
 For a directory that `kt quant` made. A control group of its own (cgroup v1 or v2, a child of this
-process's) limits a process to some part of the experts' bytes, page cache included; from an empty
-page cache it reads random tokens, `--step` at a time, and says how long each pass took, how many
-pages it had to wait for (major faults: what read-ahead did not bring), how much was read from disk,
-and what was swapped. A plain read of a file of experts, outside the group, says what the disk
-gives. Prints JSON.
+process's) limits a process to some part of the experts' bytes, page cache included. From an empty
+page cache it computes random tokens, `--step` at a time and each time without context, so that they
+are sent to all experts; and says how long each pass took, how many pages it had to wait for (major
+faults: what read-ahead did not bring), how much was read from disk, and what was swapped. A plain
+read of a file of experts, outside the group, says what the disk gives. Prints JSON.
 """
 
 from __future__ import annotations
@@ -64,12 +64,10 @@ def decode(model: str, options: argparse.Namespace) -> None:
         size = engine.model.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(options.seed)
         ids = torch.randint(size, (1, options.passes * options.step), generator=generator)
-        cache = None
         times, faults, read = [], _faults(), _read_bytes()
-        for step in ids.split(options.step, dim=1):
+        for step in torch.split(ids, options.step, dim=1):
             start = time.perf_counter()
-            output = engine.model(input_ids=step, past_key_values=cache)
-            cache = output.past_key_values
+            engine.model(input_ids=step, use_cache=False)
             times.append(time.perf_counter() - start)
         report = {
             "expert_bytes": engine.stats().expert_bytes,

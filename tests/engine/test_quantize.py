@@ -300,7 +300,7 @@ def test_what_packed_dense_layers_cannot_do(
 def test_a_dense_part_that_does_not_fit(
     saved: Saved, tmp_path: Path, registry: plugins.Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Experts need no room, being mapped; everything else does, and is refused before it is read."""
+    """Experts need no room, being mapped; everything else does. Refused before it is read."""
     target = tmp_path / "packed"
     pack(saved("qwen3_moe"), target, registry)
     with kt_core.load(target, threads=1) as engine:
