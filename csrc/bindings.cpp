@@ -28,6 +28,14 @@ T* Pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A Python object that C++ keeps; let go of wherever that happens, with or without the GIL.
+std::shared_ptr<void> Kept(py::object owner) {
+  return {new py::object(std::move(owner)), [](void* object) {
+            const py::gil_scoped_acquire acquire;
+            delete static_cast<py::object*>(object);
+          }};
+}
+
 // Owned by one engine: its threads, its scratch, its nodes, its ISA.
 struct Device {
   const kt::Isa& isa;
@@ -259,12 +267,7 @@ void BindLayer(py::module_& m) {
       .def(
           "map_packed",
           [](kt::ExpertLayer& layer, size_t expert, uintptr_t packed, py::object owner) {
-            // Let go of wherever the layer is, with or without the GIL.
-            std::shared_ptr<void> kept(new py::object(std::move(owner)), [](void* object) {
-              const py::gil_scoped_acquire acquire;
-              delete static_cast<py::object*>(object);
-            });
-            return layer.MapPacked(expert, Pointer<const uint8_t>(packed), std::move(kept));
+            return layer.MapPacked(expert, Pointer<const uint8_t>(packed), Kept(std::move(owner)));
           },
           py::arg("expert"), py::arg("packed"), py::arg("owner"),
           "Use the bytes where they are, and keep their owner; False where there are nodes.")
@@ -400,6 +403,12 @@ void BindLinear(py::module_& m) {
             return layer.Load(source, Pointer<const float>(bias));
           },
           py::arg("weight"), py::arg("bias"), "Pack; False if a number is not finite.")
+      .def(
+          "map_packed",
+          [](kt::LinearLayer& layer, uintptr_t packed, py::object owner) {
+            layer.MapPacked({Kept(std::move(owner)), Pointer<const uint8_t>(packed)});
+          },
+          py::arg("packed"), py::arg("owner"), "Use the bytes where they are; keep their owner.")
       .def_property_readonly("is_loaded", &kt::LinearLayer::is_loaded)
       .def("packed_bytes",
            [](const kt::LinearLayer& layer) {

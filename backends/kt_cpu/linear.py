@@ -8,12 +8,15 @@ from typing import TypeAlias
 import torch
 
 from kt_core.interfaces import LinearKernel, QuantizedTensor
+from kt_core.packed import LinearLayout
+from kt_core.packed.codec import check_packed
 from kt_core.types import ActivationPrecision, Format, LinearSpec
 from kt_cpu import _kernels
 from kt_cpu.sources import (
     DTYPES,
     address,
     bias_source,
+    check_on_cpu,
     compute_precision,
     matrix_source,
     stored,
@@ -86,6 +89,13 @@ class CpuLinearKernel(LinearKernel):
         if not self._layer.load(source.addresses, address(stored_bias)):
             msg = "weight holds a NaN or an infinity"
             raise ValueError(msg)
+
+    def map_packed(self, packed: torch.Tensor) -> bool:
+        """See ``LinearKernel.map_packed``."""
+        check_on_cpu("packed", packed)
+        check_packed(packed, LinearLayout.of(self.spec, self.weight_format))
+        self._layer.map_packed(packed.data_ptr(), packed)
+        return True
 
     def packed_bytes(self) -> bytes:
         """Return a copy of the packed layer: panels as csrc/format/layout.hpp draws them, bias."""

@@ -35,6 +35,7 @@ LinearLayer::LinearLayer(const LinearSpec& spec, const Kernels& kernels,
 
 bool LinearLayer::Load(const SourceMatrix& weight, const float* bias) {
   const MatrixLayout& m = layout_.weight;
+  mapped_.reset();
   std::vector<float> scratch(PackScratchBytes(m) / sizeof(float) + 1);
   is_loaded_ = kernels_.pack({weight, &m, memory_.At(0), m.panel_bytes, scratch.data()});
   if (!is_loaded_) {
@@ -47,6 +48,14 @@ bool LinearLayer::Load(const SourceMatrix& weight, const float* bias) {
     std::memcpy(target, bias, m.rows * sizeof(float));
   }
   return true;
+}
+
+void LinearLayer::MapPacked(std::shared_ptr<const uint8_t> packed) {
+  if (reinterpret_cast<uintptr_t>(packed.get()) % kRowBytes != 0)
+    throw std::invalid_argument("a packed layer must lie at a multiple of 64 bytes");
+  memory_.Release(0);
+  mapped_ = std::move(packed);
+  is_loaded_ = true;
 }
 
 template <class Job>

@@ -47,11 +47,14 @@ class LinearLayer {
   const Kernels& kernels() const { return kernels_; }
   ThreadPool& pool() const { return *pool_; }
   const std::shared_ptr<ScratchPool>& scratch() const { return scratch_; }
-  const uint8_t* data() const { return memory_.At(0); }
+  const uint8_t* data() const { return mapped_ ? mapped_.get() : memory_.At(0); }
 
   // Packs the matrix, in place of what was there. False, and nothing is loaded: a weight or a scale
   // is NaN or infinite. `bias` is null where there is none.
   bool Load(const SourceMatrix& weight, const float* bias);
+  // Uses packed bytes where they are, at a multiple of 64; they must not change while `packed`
+  // lives. Throws std::invalid_argument at another address.
+  void MapPacked(std::shared_ptr<const uint8_t> packed);
   bool is_loaded() const { return is_loaded_; }
   // The packed bytes, for tests.
   std::span<const uint8_t> Bytes() const { return {data(), layout_.bytes}; }
@@ -71,6 +74,7 @@ class LinearLayer {
   std::shared_ptr<ThreadPool> pool_;
   std::shared_ptr<ScratchPool> scratch_;
   ExpertMemory memory_;
+  std::shared_ptr<const uint8_t> mapped_;  // somebody else's bytes; null: those in `memory_`
   bool is_loaded_ = false;
 };
 

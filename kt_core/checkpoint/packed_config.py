@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kt_core.errors import CheckpointError, UnsupportedFormatError
-from kt_core.packed import ExpertLayout
-from kt_core.types import SILU, Activation, ActivationKind, Element, Format, MoeSpec, ScaleType
+from kt_core.packed import ExpertLayout, LinearLayout
+from kt_core.types import (
+    SILU,
+    Activation,
+    ActivationKind,
+    Element,
+    Format,
+    LinearSpec,
+    MoeSpec,
+    ScaleType,
+)
 
 METHOD = "kt"
 """``quant_method`` in the ``quantization_config`` of config.json."""
-VERSION = 1
-"""Of the format. A reader takes its own and older ones."""
+VERSION = 2
+"""Of the format. A reader takes its own and older ones; 2 is where dense layers are packed, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +96,33 @@ class PackedLayer:
         return self == PackedLayer.of(self.name, self.file, spec, self.weight_format)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedDense:
+    """A packed dense layer.
+
+    Attributes:
+        name: Dotted path of the layer in the model.
+        file: Name of the file in the directory.
+        weight_format: How it is stored.
+        spec: Its shape.
+    """
+
+    name: str
+    file: str
+    weight_format: Format
+    spec: LinearSpec
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the packed layer."""
+        return LinearLayout.of(self.spec, self.weight_format).size_bytes
+
+    @property
+    def packed_name(self) -> str:
+        """Tensor with the packed layer, ``[bytes]`` U8."""
+        return f"{self.name}.packed"
+
+
 _UNGATED = Activation(kind=ActivationKind.RELU, is_gated=False)
 
 
@@ -98,18 +134,26 @@ class PackedConfig:
         layers: By the path of the experts module's parameters.
         source: Where it comes from: for people.
         method: How the experts were quantised: for people.
+        dense: By the path of the layer; those that are not here are tensors as ever.
     """
 
     layers: Mapping[str, PackedLayer]
     source: str = ""
     method: str = ""
+    dense: Mapping[str, PackedDense] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """The lowest version whose readers understand it."""
+        return 2 if self.dense else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds."""
-        formats = {layer.weight_format.name: layer.weight_format for layer in self.layers.values()}
-        return {
+        everything: list[PackedLayer | PackedDense] = [*self.layers.values(), *self.dense.values()]
+        formats = {layer.weight_format.name: layer.weight_format for layer in everything}
+        stored = {
             "quant_method": METHOD,
-            "version": VERSION,
+            "version": self.version,
             "source": self.source,
             "method": self.method,
             "formats": {name: _format_to_dict(form) for name, form in sorted(formats.items())},
@@ -126,6 +170,18 @@ class PackedConfig:
                 for name, layer in self.layers.items()
             },
         }
+        if self.dense:
+            stored["dense"] = {
+                name: {
+                    "format": layer.weight_format.name,
+                    "file": layer.file,
+                    "in_features": layer.spec.in_features,
+                    "out_features": layer.spec.out_features,
+                    "has_bias": layer.spec.has_bias,
+                }
+                for name, layer in self.dense.items()
+            }
+        return stored
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], where: str) -> PackedConfig:
@@ -151,10 +207,15 @@ class PackedConfig:
                 str(name): _layer_from_dict(str(name), entry, formats)
                 for name, entry in dict(stored["experts"]).items()
             }
+            dense = {
+                str(name): _dense_from_dict(str(name), entry, formats)
+                for name, entry in dict(stored.get("dense", {})).items()
+            }
             return cls(
                 layers=layers,
                 source=str(stored.get("source", "")),
                 method=str(stored.get("method", "")),
+                dense=dense,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -190,13 +251,9 @@ def _format_from_dict(name: str, entry: Mapping[str, Any]) -> Format:
 def _layer_from_dict(
     name: str, entry: Mapping[str, Any], formats: Mapping[str, Format]
 ) -> PackedLayer:
-    file = str(entry["file"])
-    if "/" in file or file.startswith("."):
-        msg = f"{file!r} is no name of a file in the directory"
-        raise ValueError(msg)
     return PackedLayer(
         name=name,
-        file=file,
+        file=_file_name(entry["file"]),
         weight_format=formats[entry["format"]],
         num_experts=_count(entry["num_experts"]),
         hidden_size=_count(entry["hidden_size"]),
@@ -204,6 +261,29 @@ def _layer_from_dict(
         is_gated=_flag(entry["is_gated"]),
         has_bias=_flag(entry["has_bias"]),
     )
+
+
+def _dense_from_dict(
+    name: str, entry: Mapping[str, Any], formats: Mapping[str, Format]
+) -> PackedDense:
+    return PackedDense(
+        name=name,
+        file=_file_name(entry["file"]),
+        weight_format=formats[entry["format"]],
+        spec=LinearSpec(
+            in_features=_count(entry["in_features"]),
+            out_features=_count(entry["out_features"]),
+            has_bias=_flag(entry["has_bias"]),
+        ),
+    )
+
+
+def _file_name(value: Any) -> str:
+    file = str(value)
+    if "/" in file or file.startswith("."):
+        msg = f"{file!r} is no name of a file in the directory"
+        raise ValueError(msg)
+    return file
 
 
 def _count(value: Any) -> int:

@@ -16,11 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_core.checkpoint.packed_config import METHOD, VERSION, PackedConfig, PackedLayer
+from kt_core.checkpoint.packed_config import (
+    METHOD,
+    VERSION,
+    PackedConfig,
+    PackedDense,
+    PackedLayer,
+)
 from kt_core.checkpoint.safetensors_files import Checkpoint
 from kt_core.checkpoint.safetensors_writer import NewTensor, tensor_bytes, write_safetensors
 from kt_core.errors import CheckpointError, UnsupportedFormatError
 from kt_core.interfaces import TensorInfo
+from kt_core.packed.layout import ROW_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -40,24 +47,10 @@ class MappedExperts:
         Raises:
             CheckpointError: It is not where the headers say.
         """
-        import torch
-
         self.layer = layer
-        try:
-            with packed.file.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        except (OSError, ValueError) as error:
-            msg = f"{packed.file} cannot be mapped: {error}. {_AGAIN}"
-            raise CheckpointError(msg) from error
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
-            everything = torch.frombuffer(mapped, dtype=torch.uint8)
-
-        def rows(info: TensorInfo) -> torch.Tensor:
-            return everything[info.offset : info.offset + info.size_bytes].view(info.shape)
-
-        self._packed = rows(packed)
-        self._digests = rows(digests)
+        everything = _mapped(packed.file)
+        self._packed = _within(everything, packed)
+        self._digests = _within(everything, digests)
 
     def expert(self, index: int) -> torch.Tensor:
         """Return an expert's packed bytes where they lie; never to be written to."""
@@ -91,6 +84,7 @@ class PackedDirectory:
     config: PackedConfig
     files: Mapping[str, Mapping[str, Any]]
     _mapped: dict[str, MappedExperts] = field(default_factory=dict)
+    _dense_files: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def experts(self, name: str, checkpoint: Checkpoint) -> MappedExperts:
         """Return the mapped experts of a layer.
@@ -101,16 +95,28 @@ class PackedDirectory:
         layer = self.config.layers[name]
         if name not in self._mapped:
             packed = _tensor(
-                checkpoint, layer, layer.packed_name, (layer.num_experts, layer.bytes_per_expert)
-            )
+                checkpoint, layer.file, layer.packed_name,
+                (layer.num_experts, layer.bytes_per_expert),
+            )  # fmt: skip
             digests = _tensor(
-                checkpoint, layer, layer.digests_name, (layer.num_experts, DIGEST_BYTES)
+                checkpoint, layer.file, layer.digests_name, (layer.num_experts, DIGEST_BYTES)
             )
-            if packed.offset % 64:
-                msg = f"{packed.file} is damaged: its experts lie at no multiple of 64. {_AGAIN}"
-                raise CheckpointError(msg)
+            _check_place(packed)
             self._mapped[name] = MappedExperts(layer, packed, digests)
         return self._mapped[name]
+
+    def dense(self, name: str, checkpoint: Checkpoint) -> torch.Tensor:
+        """Return a dense layer's packed bytes where they lie; never to be written to.
+
+        Raises:
+            CheckpointError: The file is not what config.json says.
+        """
+        layer = self.config.dense[name]
+        packed = _tensor(checkpoint, layer.file, layer.packed_name, (layer.size_bytes,))
+        _check_place(packed)
+        if layer.file not in self._dense_files:
+            self._dense_files[layer.file] = _mapped(packed.file)
+        return _within(self._dense_files[layer.file], packed)
 
     def verify(
         self, checkpoint: Checkpoint, *, threads: int, progress: Callable[[float], None]
@@ -154,9 +160,10 @@ def open_packed(directory: Path, config: Mapping[str, Any]) -> PackedDirectory |
         return None
     parsed = PackedConfig.from_dict(stored, str(directory / "config.json"))
     files = _read_manifest(directory)
-    for layer in parsed.layers.values():
-        if layer.file not in files:
-            msg = f"{directory / MANIFEST_NAME} does not name {layer.file}. {_AGAIN}"
+    everything: list[PackedLayer | PackedDense] = [*parsed.layers.values(), *parsed.dense.values()]
+    for file in (layer.file for layer in everything):
+        if file not in files:
+            msg = f"{directory / MANIFEST_NAME} does not name {file}. {_AGAIN}"
             raise CheckpointError(msg)
     for name, entry in files.items():
         if name.endswith(".safetensors"):  # people edit the others
@@ -204,6 +211,30 @@ def write_layer(
     return {"size_bytes": target.stat().st_size, "digests_sha256": _sha256(b"".join(digests))}
 
 
+def write_dense(
+    folder: Path, file: str, layers: Iterable[tuple[PackedDense, Iterable[torch.Tensor]]]
+) -> dict[str, Any]:
+    """Write a file of packed dense layers; return its entry in the manifest.
+
+    Args:
+        folder: Where.
+        file: Its name.
+        layers: Each with its packed bytes, in pieces that are asked for one after the other.
+    """
+    tensors = [
+        NewTensor(
+            name=layer.packed_name,
+            dtype="U8",
+            shape=(layer.size_bytes,),
+            size_bytes=layer.size_bytes,
+            pieces=map(tensor_bytes, pieces),
+        )
+        for layer, pieces in layers
+    ]
+    write_safetensors(folder / file, tensors)
+    return file_entry(folder / file)
+
+
 def file_entry(file: Path) -> dict[str, Any]:
     """Return the entry of a file in the manifest: reads it."""
     with file.open("rb") as stream:
@@ -211,10 +242,10 @@ def file_entry(file: Path) -> dict[str, Any]:
     return {"size_bytes": file.stat().st_size, "sha256": digest}
 
 
-def manifest_text(files: Mapping[str, Mapping[str, Any]]) -> str:
+def manifest_text(files: Mapping[str, Mapping[str, Any]], version: int = VERSION) -> str:
     """Return the manifest of a directory."""
     entries = {name: dict(files[name]) for name in sorted(files)}
-    return json.dumps({"version": VERSION, "files": entries}, indent=1) + "\n"
+    return json.dumps({"version": version, "files": entries}, indent=1) + "\n"
 
 
 def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
@@ -257,18 +288,41 @@ def _check_size(file: Path, size_bytes: int) -> None:
         raise CheckpointError(msg)
 
 
-def _tensor(
-    checkpoint: Checkpoint, layer: PackedLayer, name: str, shape: tuple[int, int]
-) -> TensorInfo:
+def _tensor(checkpoint: Checkpoint, file: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
     info = checkpoint.tensors.get(name)
-    if info is None or (info.file.name, info.dtype, info.shape) != (layer.file, "U8", shape):
+    if info is None or (info.file.name, info.dtype, info.shape) != (file, "U8", shape):
         found = None if info is None else f"{info.dtype} {list(info.shape)} in {info.file.name}"
         msg = (
-            f"{name} should be U8 {list(shape)} in {layer.file}, found {found}: the file and "
+            f"{name} should be U8 {list(shape)} in {file}, found {found}: the file and "
             f"config.json do not belong together. {_AGAIN}"
         )
         raise CheckpointError(msg)
     return info
+
+
+def _check_place(packed: TensorInfo) -> None:
+    if packed.offset % ROW_BYTES:
+        msg = f"{packed.file} is damaged: packed bytes lie at no multiple of 64. {_AGAIN}"
+        raise CheckpointError(msg)
+
+
+def _mapped(file: Path) -> torch.Tensor:
+    """``[bytes]`` uint8: a whole file, nothing of which is read until somebody looks."""
+    import torch
+
+    try:
+        with file.open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        msg = f"{file} cannot be mapped: {error}. {_AGAIN}"
+        raise CheckpointError(msg) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
+        return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def _within(everything: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    return everything[info.offset : info.offset + info.size_bytes].view(info.shape)
 
 
 def _expert_check(experts: MappedExperts, index: int) -> Callable[[], str | None]:

@@ -18,6 +18,7 @@ from kt_core.paths import cache_dir
 from kt_core.plugins import Registry
 
 if TYPE_CHECKING:
+    from kt_core.engine.stored_format import StoredFormats
     from kt_core.interfaces import ExpertDevice, Progress
     from kt_core.plan import Formats, ModelOutline, Plan, Planner, Wish
     from kt_core.plan.description import Description
@@ -32,6 +33,8 @@ Examples:
 * `kt plan qwen3-30b-a3b --json | jq .decode_tokens_per_s`
 """
 _DEFAULT_CONTEXT, _DEFAULT_PROMPT = 8192, 512
+# Of a matrix on which formats are compared by their bits.
+_MANY_INPUTS = 4096
 
 
 def register(app: typer.Typer) -> None:
@@ -80,10 +83,12 @@ def plan(
     silence_transformers()
     with progress_bar("starting") as progress:
         from kt_core.engine.outline import outline_model
+        from kt_core.engine.stored_format import formats_on_disk, weights_of
         from kt_core.plan import advise
         from kt_core.plan.report import report_of
 
         outline = outline_model(model, registry, progress)
+        stored = formats_on_disk(weights_of(model, registry), registry)
         wish = replace(
             _wish(outline, context_tokens, prompt_tokens),
             hot_experts=hot_experts,
@@ -91,9 +96,9 @@ def plan(
             sequence_length=sequence_length,
         )
         with _planner(outline, described, registry, remeasure, progress) as (planner, device):
-            choices = _choices(weight_format, dense_format, registry, device)
+            choices = _choices(weight_format, dense_format, registry, device, stored)
             chosen = planner.best_plan(choices, wish)
-            others = _choices("auto", dense_format, registry, device)
+            others = _choices("auto", dense_format, registry, device, stored)
             report = report_of(model, planner, chosen, wish, advise(planner, chosen, others, wish))
             if plot:
                 _draw(plot, model, planner, chosen, choices)
@@ -183,17 +188,33 @@ def _planner(
 
 
 def _choices(
-    weight_format: str, dense_format: str, registry: Registry, device: ExpertDevice
+    weight_format: str,
+    dense_format: str,
+    registry: Registry,
+    device: ExpertDevice,
+    stored: StoredFormats,
 ) -> list[Formats]:
-    """Return what the weights may become, best first: experts are packed before dense layers."""
+    """Return what the weights may become, best first: experts are packed before dense layers.
+
+    What is quantised on disk comes first, and nothing larger after it. Where layers differ, the
+    largest stands for all: a plan has one.
+    """
     from kt_core.plan import Formats
     from kt_core.plan.fitting import AUTO_DENSE_FORMATS, format_names
 
     formats = [registry.formats.get(name).descriptor for name in format_names(weight_format)]
+    if weight_format == "auto" and stored.experts:
+        largest = max(stored.experts, key=lambda f: (f.bits_per_weight(_MANY_INPUTS), f.name))
+        bits = largest.bits_per_weight(_MANY_INPUTS)
+        smaller = [f for f in formats if f.bits_per_weight(_MANY_INPUTS) < bits]
+        formats = [largest] if stored.is_packed else [largest, *smaller]
     possible = [f for f in formats if device.capabilities.computes(f)]
     if not possible:
         msg = f"device {device.info.name!r} computes no experts of format {weight_format!r}"
         raise UnsupportedFormatError(msg)
+    if stored.is_packed and dense_format in ("auto", "none"):
+        packed = sorted(stored.dense, key=lambda f: -f.bits_per_weight(_MANY_INPUTS))
+        return [Formats(experts=f, dense=packed[0] if packed else None) for f in possible]
     names = AUTO_DENSE_FORMATS if dense_format == "auto" else (dense_format,)
     dense = [None if name == "none" else registry.formats.get(name).descriptor for name in names]
     return [Formats(experts=f, dense=d) for d in dense for f in possible]

@@ -13,7 +13,7 @@ from kt_core.cli.run import silence_transformers
 from kt_core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from kt_core.engine.quantize import QuantReport
+    from kt_core.engine.quantize_report import QuantReport
 
 EPILOG = """
 Examples:
@@ -23,6 +23,7 @@ Examples:
 * `kt quant ./model ./packed --format int4 --calibrate text.txt --eval other.txt`
 * `kt quant ./model ./packed --format int4 --overrides layers.yaml`, with lines such as
   `"model.layers.0.*": int8` in layers.yaml
+* `kt quant ./model ./packed --format int4 --dense-format int8`
 """
 
 
@@ -54,6 +55,15 @@ def quant(
             autocompletion=complete_format,
         ),
     ],
+    dense_format: Annotated[
+        str,
+        typer.Option(
+            "--dense-format",
+            metavar="NAME",
+            help="What attention, shared experts and the output head become; none: as they are.",
+            autocompletion=complete_format,
+        ),
+    ] = "none",
     method: Annotated[
         str,
         typer.Option(
@@ -67,7 +77,7 @@ def quant(
         typer.Option(
             "--overrides",
             metavar="FILE",
-            help="YAML: formats of single layers, by patterns of the paths of experts modules.",
+            help="YAML: formats of single layers, by patterns of their paths.",
         ),
     ] = None,
     calibrate: Annotated[
@@ -75,7 +85,7 @@ def quant(
         typer.Option(
             "--calibrate",
             metavar="FILE",
-            help="A text that the model reads first: what its weights meet there counts more.",
+            help="A text that the model reads first: its outputs there stay as they were.",
         ),
     ] = None,
     evaluate: Annotated[
@@ -92,16 +102,17 @@ def quant(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Quantise the experts of a model once and keep them packed.
+    """Quantise a model once and keep it packed.
 
-    DST is a normal model directory whose experts need no reading at start: `kt run DST` maps them.
+    DST is a normal model directory whose experts, and dense layers where --dense-format is given,
+    need no packing at start: `kt run DST` maps them.
     A run that was killed goes on where it was when it is started again. Exits with 1 after an
     error, 130 after Ctrl-C.
     """
     silence_transformers()
     chosen = _overrides(overrides)
     if calibrate and method != "search":
-        msg = f"--calibrate tells the search which weights matter; --method {method} has none"
+        msg = f"--calibrate tells the search what to keep; --method {method} has none"
         raise InvalidRequestError(msg)
     with progress_bar("starting", with_rest=True) as progress:
         from kt_core.engine import quantize_command  # seconds: torch and transformers
@@ -112,6 +123,7 @@ def quant(
             registry_of(context),
             quantize_command.Options(
                 weight_format=weight_format,
+                dense_format=dense_format,
                 method=method,
                 overrides=chosen,
                 calibrate=calibrate,
@@ -147,7 +159,7 @@ def _overrides(file: Path | None) -> dict[str, str]:
 
 def _show(report: QuantReport) -> None:
     grid = table("layer", "format", "bits per weight", "relative error")
-    for layer in report.layers:
+    for layer in (*report.layers, *report.dense_layers):
         grid.add_row(
             layer.name, layer.format, f"{layer.bits_per_weight:.2f}", f"{layer.relative_error:.4f}"
         )
@@ -165,7 +177,9 @@ def _show(report: QuantReport) -> None:
         facts |= {
             "perplexity": f"{found.perplexity:.4f} ({found.source_format}: "
             f"{found.source_perplexity:.4f}), {found.tokens} tokens",
-            "KL divergence": f"{found.kl:.5f} nats, 99% below {found.kl_p99:.5f}",
+            "KL divergence": f"{found.kl:.5f} ({found.kl_error:.5f} standard error) nats, "
+            f"99% below {found.kl_p99:.5f}",
+            "change of the loss": f"{found.loss_change:+.5f} ({found.loss_change_error:.5f}) nats",
             "same likeliest token": f"{found.same_best:.1%}",
         }
     summary = table()

@@ -13,19 +13,22 @@ attention, dense MLPs, shared experts. What stays as the checkpoint has it:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.direct_reads import DirectReads
-from kt_core.interfaces import ExpertDevice, ExpertsSite
+from kt_core.interfaces import ExpertsSite
 from kt_core.types import Format, LinearSpec
 
 # What rounding a size of some hundred up to whole panels may add, where nothing else is saved.
 _MOST_GROWTH = 1.125
+
+LinearBytes: TypeAlias = Callable[[LinearSpec, Format], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,17 @@ class DenseSite:
 def choose_dense(
     model: PreTrainedModel,
     sites: Sequence[ExpertsSite],
-    device: ExpertDevice,
+    linear_bytes: LinearBytes,
     weight_format: Format,
 ) -> list[DenseSite]:
-    """Return the layers to pack. The model is on the meta device, nothing in it is replaced yet."""
+    """Return the layers to pack. The model is on the meta device, nothing in it is replaced yet.
+
+    Args:
+        model: Its parameters are of the type that they are loaded as.
+        sites: Its routed experts.
+        linear_bytes: What a layer takes when it is packed.
+        weight_format: The format.
+    """
     deciding = {id(module) for module in _deciding(model, sites)}
     reads = DirectReads()
     chosen = []
@@ -76,16 +86,16 @@ def choose_dense(
             for parent, _, leaf in (name.rpartition(".") for name in site.names)
         )
         is_precise = any(hook.kept_precise(model, name) for name in site.own_parameters)
-        is_kept = is_read or is_precise or _grows(site, device, weight_format)
+        is_kept = is_read or is_precise or _grows(site, linear_bytes, weight_format)
         if id(site.module) not in deciding and not is_kept:
             chosen.append(site)
     return _without_owners_of_others(model, chosen)
 
 
-def _grows(site: DenseSite, device: ExpertDevice, weight_format: Format) -> bool:
+def _grows(site: DenseSite, linear_bytes: LinearBytes, weight_format: Format) -> bool:
     """Whether the packed weight is larger than the one it replaces, by more than some padding."""
     weight = site.module.weight
-    packed_bytes = device.linear_bytes(replace(site.spec, has_bias=False), weight_format)
+    packed_bytes = linear_bytes(replace(site.spec, has_bias=False), weight_format)
     return packed_bytes > _MOST_GROWTH * weight.numel() * weight.element_size()
 
 

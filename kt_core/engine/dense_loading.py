@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-import torch
 from transformers import PreTrainedModel
 
 from kt_core.checkpoint import Checkpoint
-from kt_core.dense.packed_linear import PackedLinear
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.dense_choice import DenseSite, choose_dense
+from kt_core.engine.dense_layers import DenseLayers
 from kt_core.engine.transformers_tensors import DenseTensor, Sources
 from kt_core.errors import (
     CheckpointError,
-    UnsupportedDenseError,
     UnsupportedFormatError,
 )
 from kt_core.interfaces import ExpertDevice, ExpertsSite, LinearKernel
@@ -52,46 +49,35 @@ class _Packing:
             raise CheckpointError(msg) from error
 
 
-@dataclass(slots=True)
-class DenseLoader:
-    """Replaces dense layers of one model by packed ones and fills them.
+class DenseLoader(DenseLayers):
+    """Packs the dense layers of a checkpoint."""
 
-    Attributes:
-        device: Who computes them.
-        weight_format: What they become.
-        precision: What becomes of their inputs.
-        layers: The replacements, by the path of the layer; filled by ``replace``.
-        packed_bytes: What they take.
-    """
+    remedy = "Load it with --dense-format none."
 
-    device: ExpertDevice
-    weight_format: Format
-    precision: ActivationPrecision
-    layers: dict[str, PackedLinear] = field(default_factory=dict)
-    packed_bytes: int = 0
-    _sites: list[DenseSite] = field(default_factory=list)
-    _packings: list[_Packing] = field(default_factory=list)
+    def __init__(
+        self, device: ExpertDevice, weight_format: Format, precision: ActivationPrecision
+    ) -> None:
+        """Take who computes them, what they become, and what becomes of their inputs."""
+        super().__init__()
+        self.device = device
+        self.weight_format = weight_format
+        self.precision = precision
+        self._sites: list[DenseSite] = []
+        self._packings: list[_Packing] = []
 
     def choose(self, model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> Collection[str]:
-        """Choose the layers; return the parameters whose tensors must be found."""
-        self._sites = choose_dense(model, sites, self.device, self.weight_format)
-        found = {site.weight for site in self._sites} | {site.bias for site in self._sites}
-        return {name for name in found if name is not None}
+        """See ``DenseLayers.choose``."""
+        self._sites = choose_dense(model, sites, self.device.linear_bytes, self.weight_format)
+        return parameters_of(self._sites)
 
     def replace(self, model: PreTrainedModel, sources: Sources) -> None:
-        """Check what the checkpoint has for the layers, and put packed ones in their place.
+        """See ``DenseLayers.replace``.
 
         Raises:
             CheckpointError: A tensor is missing, or of another shape than the layer.
             UnsupportedFormatError: A tensor is stored in a way that is not read.
         """
-        self._sites = [site for site in self._sites if _is_readable(sources, site)]
-        tensors: dict[str, DenseTensor] = {}
-        for site in self._sites:
-            for parameter in filter(None, (site.weight, site.bias)):
-                if parameter not in tensors:
-                    tensors[parameter] = DenseTensor(sources, model, parameter)
-                    _check(sources.checkpoint, model, tensors[parameter])
+        self._sites, tensors = dense_tensors(model, sources, self._sites)
         kernels: dict[tuple[str, str | None], LinearKernel] = {}
         for site in self._sites:
             parts = (site.weight, site.bias)
@@ -101,7 +87,7 @@ class DenseLoader:
                 )
                 bias = None if site.bias is None else tensors[site.bias]
                 self._packings.append(_Packing(kernels[parts], tensors[site.weight], bias))
-            self._swap(model, site, kernels[parts])
+            self.put(model, site.names, site.module, kernels[parts])
         self.packed_bytes = sum(packing.kernel.size_bytes for packing in self._packings)
         hook.forget_dense(
             model,
@@ -110,39 +96,32 @@ class DenseLoader:
         )
 
     def tasks(self) -> list[Callable[[], None]]:
-        """Return what is to be done to fill the layers, the largest first."""
+        """See ``DenseLayers.tasks``."""
         ordered = sorted(self._packings, key=lambda packing: -packing.kernel.size_bytes)
         return [partial(packing.load) for packing in ordered]
 
-    def try_out(self, model: PreTrainedModel) -> None:
-        """Run the model on three tokens, so that a layer it reads itself shows now.
 
-        Raises:
-            UnsupportedDenseError: Nothing sensible comes out, and the model's code asked for the
-                weights of packed layers.
-        """
-        for layer in self.layers.values():
-            layer.was_read = False
-        reason = _why_not_sensible(model)
-        read = [name for name, layer in self.layers.items() if layer.was_read]
-        if reason is None:
-            return
-        if not read:
-            _log.warning("the packed dense layers could not be tried out: %s", reason)
-            return
-        msg = (
-            f"{type(model).__name__} reads the weights of {', '.join(read[:3])} itself, so they "
-            f"cannot be packed ({reason}). Load it with --dense-format none."
-        )
-        raise UnsupportedDenseError(msg)
+def parameters_of(sites: Sequence[DenseSite]) -> set[str]:
+    """Return the parameters whose tensors the layers are made of."""
+    found = {site.weight for site in sites} | {site.bias for site in sites}
+    return {name for name in found if name is not None}
 
-    def _swap(self, model: PreTrainedModel, site: DenseSite, kernel: LinearKernel) -> None:
-        replacement = PackedLinear(kernel, site.module.weight.dtype)
-        hook.mark_initialised(replacement.weight)
-        for name in site.names:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, replacement)
-            self.layers[name] = replacement
+
+def dense_tensors(
+    model: PreTrainedModel, sources: Sources, sites: Sequence[DenseSite]
+) -> tuple[list[DenseSite], dict[str, DenseTensor]]:
+    """Return the layers that have tensors of their own, and the tensors of each parameter.
+
+    Raises:
+        CheckpointError: A tensor is missing, or of another shape than the layer.
+        UnsupportedFormatError: A tensor is stored in a way that is not read.
+    """
+    readable = [site for site in sites if _is_readable(sources, site)]
+    tensors: dict[str, DenseTensor] = {}
+    for parameter in sorted(parameters_of(readable)):
+        tensors[parameter] = DenseTensor(sources, model, parameter)
+        _check(sources.checkpoint, model, tensors[parameter])
+    return readable, tensors
 
 
 def _is_readable(sources: Sources, site: DenseSite) -> bool:
@@ -172,21 +151,3 @@ def _check(checkpoint: Checkpoint, model: PreTrainedModel, tensor: DenseTensor) 
             f"config.json asks for {list(wanted)}. They belong to different models."
         )
         raise CheckpointError(msg)
-
-
-def _why_not_sensible(model: PreTrainedModel) -> str | None:
-    """Run two tokens and one more; return None if all numbers are finite."""
-    token = model.config.get_text_config(decoder=True).bos_token_id
-    first = token if isinstance(token, int) else 0
-    step, cache = torch.tensor([[first, first]]), None
-    try:
-        with torch.inference_mode():
-            for _ in range(2):
-                output = model(input_ids=step, past_key_values=cache, use_cache=True)
-                largest = float(output.logits.float().abs().max())
-                if not math.isfinite(largest):
-                    return "its logits are not finite"
-                step, cache = step[:, :1], output.past_key_values
-    except Exception as error:  # noqa: BLE001 - whatever the model's code makes of it
-        return f"{type(error).__name__}: {error}"
-    return None

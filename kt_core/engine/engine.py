@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kt_core import hardware, plugins
+from kt_core.checkpoint import PackedDirectory
 from kt_core.engine import load_options
 from kt_core.engine.accelerators import (
     Accelerators,
@@ -21,7 +22,9 @@ from kt_core.engine.accelerators import (
     remember_statistics,
 )
 from kt_core.engine.chat import prompt_tokens
+from kt_core.engine.dense_layers import DenseLayers
 from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.dense_mapping import MappedDense
 from kt_core.engine.device_choice import choose_devices
 from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.forward_passes import ForwardPasses
@@ -30,7 +33,7 @@ from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, resolve_model
 from kt_core.engine.outline import outline_model
 from kt_core.engine.packed_cache import cached
-from kt_core.engine.packed_loading import check_asked_format, find_packed
+from kt_core.engine.packed_loading import check_asked_format, check_packed_dense, find_packed
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats, accelerator_stats
 from kt_core.engine.stored_checkpoint import open_model
@@ -41,7 +44,7 @@ from kt_core.errors import (
 )
 from kt_core.interfaces import ExpertDevice, ExpertKernel, Progress, no_progress
 from kt_core.plugins import Registry
-from kt_core.types import ActivationPrecision
+from kt_core.types import ActivationPrecision, Format
 
 _CLOSED = "the engine is closed; load the model again"
 
@@ -79,8 +82,9 @@ def load(
         dtype: Type of the dense part; ``auto`` follows the checkpoint.
         precision: What hidden states become before they meet packed weights.
         dense_format: Weight format of attention, dense MLPs, shared experts and the output head,
-            which are then computed by the device, too; ``none`` leaves them to torch as the
-            checkpoint has them. Routers, norms and embeddings always stay.
+            which are then computed by the device, too; ``none`` leaves them as they are: packed
+            where `kt quant` packed them, else to torch as the checkpoint has them. Routers, norms
+            and embeddings always stay.
         cache: Pack the experts into ``$XDG_CACHE_HOME/kt/packed`` first, where the next start
             finds them; ``format`` must be named.
         hot_experts: Experts on accelerators: ``auto`` for as many as fit, a number, or a share
@@ -107,7 +111,7 @@ def load(
         msg = f"defer must be >= 0, got {defer}"
         raise InvalidRequestError(msg)
     devices = choose_devices(device, registry)
-    packed = load_options.dense_format_of(dense_format, registry, devices)
+    dense_type = load_options.dense_format_of(dense_format, registry, devices)
     policy = registry.policies.get(placement)
     directory = resolve_model(model, registry, progress)
     packed_experts = find_packed(directory, registry)
@@ -116,6 +120,7 @@ def load(
         packed_experts = find_packed(directory, registry)
     if packed_experts:
         check_asked_format(packed_experts, format, registry)
+        check_packed_dense(packed_experts, dense_type, devices)
     stored = open_model(directory, registry)
     config_dict = dict(stored.config)
     config = model_config(directory, config_dict, registry)
@@ -142,7 +147,7 @@ def load(
             format_name=format,
             precision=chosen_precision,
             progress=progress,
-            dense=DenseLoader(opened, packed, chosen_precision) if packed else None,
+            dense=_dense_layers(opened, dense_type, packed_experts, chosen_precision),
             packed=packed_experts,
             accelerators=accelerators,
         )
@@ -163,6 +168,17 @@ def load(
         load_s=time.perf_counter() - start,
         graph=graph,
     )
+
+
+def _dense_layers(
+    device: ExpertDevice,
+    weight_format: Format | None,
+    packed: PackedDirectory | None,
+    precision: ActivationPrecision,
+) -> DenseLayers | None:
+    if packed is not None and packed.config.dense:
+        return MappedDense(device, packed, precision)
+    return None if weight_format is None else DenseLoader(device, weight_format, precision)
 
 
 class Engine:
@@ -329,7 +345,7 @@ class Engine:
             decode=replace(self.passes.counters),
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
-            dense_format=dense.weight_format.name if dense else "none",
+            dense_format=formats_name(dense.formats) if dense else "none",
             dense_layers=len(dense.layers) if dense else 0,
             dense_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters())
             + (dense.packed_bytes if dense else 0),

@@ -22,7 +22,7 @@ from kt_core.checkpoint import Checkpoint, PackedDirectory
 from kt_core.checkpoint.packed_directory import MappedExperts
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.accelerators import Accelerators
-from kt_core.engine.dense_loading import DenseLoader
+from kt_core.engine.dense_layers import DenseLayers
 from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
 from kt_core.engine.packed_loading import check_packed_sites, packed_formats
@@ -44,7 +44,7 @@ from kt_core.interfaces import (
     Progress,
 )
 from kt_core.moe.hybrid_experts import HybridExperts
-from kt_core.plan.fitting import first_that_fits
+from kt_core.plan.fitting import check_dense_fits, first_that_fits
 from kt_core.plugins import Registry
 from kt_core.types import ActivationPrecision, Format
 
@@ -114,7 +114,7 @@ class ExpertLoader:
     format_name: str
     precision: ActivationPrecision
     progress: Progress
-    dense: DenseLoader | None = None
+    dense: DenseLayers | None = None
     packed: PackedDirectory | None = None
     accelerators: Accelerators | None = None
     formats: dict[str, Format] = field(default_factory=dict)
@@ -140,6 +140,7 @@ class ExpertLoader:
             self.dense.replace(model, sources)
         if self.packed:
             self.formats = packed_formats(self.packed, own)
+            check_dense_fits(_dense_bytes(model, sites), hardware.available_memory_bytes())
         else:
             self.formats = self._choose_formats(model, own, tensors)
         self._replace(model, own, tied, tensors)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kt_core.checkpoint import PackedDirectory, open_packed
+from kt_core.engine.device_choice import DeviceChoice
 from kt_core.engine.model_files import kind_of, read_config
-from kt_core.errors import CheckpointError, UnsupportedFormatError
+from kt_core.errors import CheckpointError, UnsupportedDenseError, UnsupportedFormatError
 from kt_core.interfaces import ExpertDevice, ExpertsSite
 from kt_core.plugins import Registry
 from kt_core.types import Format
@@ -68,3 +69,44 @@ def check_asked_format(packed: PackedDirectory, name: str, registry: Registry) -
         + (f" ({packed.config.source})" if packed.config.source else "")
     )
     raise UnsupportedFormatError(msg)
+
+
+def check_packed_dense(
+    packed: PackedDirectory, asked_for: Format | None, devices: DeviceChoice
+) -> None:
+    """Check that dense layers that are packed can be used as they are.
+
+    Args:
+        packed: The packed model.
+        asked_for: What ``--dense-format`` says; None where it says nothing.
+        devices: Where it shall run.
+
+    Raises:
+        UnsupportedDenseError: Nobody computes packed dense layers there.
+        UnsupportedFormatError: Another format is asked for, or one is not computed.
+    """
+    formats = {layer.weight_format for layer in packed.config.dense.values()}
+    if not formats:
+        return
+    names = ", ".join(sorted(weight_format.name for weight_format in formats))
+    capabilities = devices.host_backend.capabilities(devices.host.name)
+    again = "make it again with `kt quant`, without --dense-format"
+    if devices.accelerators or not capabilities.computes_dense:
+        device = devices.accelerators[0] if devices.accelerators else devices.host
+        msg = (
+            f"the dense layers in {packed.directory} are packed as {names}, and device "
+            f"{device.name!r} leaves dense layers to torch: run it on another device, or {again}"
+        )
+        raise UnsupportedDenseError(msg)
+    if asked_for is not None and {asked_for} != formats:
+        msg = (
+            f"the dense layers in {packed.directory} are packed as {names}, not "
+            f"{asked_for.name}: leave --dense-format out, or use the original model"
+        )
+        raise UnsupportedFormatError(msg)
+    if not all(capabilities.computes(weight_format) for weight_format in formats):
+        msg = (
+            f"device {devices.host.name!r} computes no dense layers of {names}, as which those in "
+            f"{packed.directory} are packed: run it on another device, or {again}"
+        )
+        raise UnsupportedFormatError(msg)

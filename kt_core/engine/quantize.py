@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,21 +29,23 @@ from kt_core.checkpoint.packed_directory import (
     PackedDirectory,
     file_entry,
     manifest_text,
+    write_dense,
     write_layer,
 )
 from kt_core.checkpoint.safetensors_files import INDEX_NAME
 from kt_core.checkpoint.safetensors_writer import NewTensor, tensor_bytes, write_safetensors
 from kt_core.engine.model_files import read_config
+from kt_core.engine.quantize_dense import DenseWorker
 from kt_core.engine.quantize_expert import Method
-from kt_core.engine.quantize_layer import Importance, LayerReport, LayerWorker
+from kt_core.engine.quantize_layer import Inputs, LayerWorker
 from kt_core.engine.quantize_plan import LayerPlan, QuantPlan, check_room, new_config
+from kt_core.engine.quantize_report import LayerReport, QuantReport
 from kt_core.errors import CheckpointError, InvalidRequestError, NotEnoughDiskError
 from kt_core.interfaces import Progress, no_progress
 from kt_core.paths import replacing
 
 if TYPE_CHECKING:
     from kt_core.engine.calibration import Calibration
-    from kt_core.engine.evaluation import Evaluation
 
 _STATE_NAME = "kt-quant-state.json"
 _INTERNAL = (_STATE_NAME, "lock")
@@ -50,35 +53,6 @@ _CALIBRATION = "kt-calibration"
 
 Calibrator: TypeAlias = "Callable[[Path], Calibration]"
 """Makes a calibration in a folder, or finds what an earlier run made there."""
-
-
-@dataclass(slots=True)
-class QuantReport:
-    """What `kt quant` did.
-
-    Attributes:
-        target: Where the packed model is.
-        method: How the experts were quantised.
-        layers: How each came out.
-        resumed_files: Files that an earlier run had written.
-        expert_bytes: Packed experts.
-        dense_bytes: Everything else.
-        seconds: How long it took, this time.
-        evaluation: How it compares with the source, if that was asked for.
-    """
-
-    target: str
-    method: str
-    layers: list[LayerReport] = field(default_factory=list)
-    resumed_files: int = 0
-    expert_bytes: int = 0
-    dense_bytes: int = 0
-    seconds: float = 0.0
-    evaluation: Evaluation | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
 
 
 @dataclass(slots=True)
@@ -143,6 +117,7 @@ def quantize(
             calibration = calibrator(folder / _CALIBRATION) if calibrator else None
             job = _Job(plan, folder, state, method, calibration, count, progress)
             with _one_torch_thread():
+                job.copy_dense()
                 job.write_dense()
                 job.write_layers()
                 job.write_others()
@@ -156,6 +131,7 @@ def quantize(
             raise NotEnoughDiskError(msg) from error
         _verify(folder, count, progress)
         report.layers = [LayerReport(**state.layers[p.layer.name]) for p in plan.layers]
+        report.dense_layers = [LayerReport(**state.layers[name]) for name in plan.config.dense]
         report.expert_bytes = sum(p.layer.size_bytes for p in plan.layers)
         report.dense_bytes = plan.dense_bytes
         shutil.rmtree(folder / _CALIBRATION, ignore_errors=True)
@@ -256,9 +232,7 @@ class _Job:
                 now = before + experts * each.site.spec.weights_per_expert
                 self.progress("quantising experts", now / total)
 
-            worker = LayerWorker(
-                plan, self.method, self.threads, self._importance(number, plan), report
-            )
+            worker = LayerWorker(plan, self.method, self.threads, self._inputs(number), report)
             self.state.files[plan.layer.file] = write_layer(
                 self.folder, plan.layer, worker.packed_experts()
             )
@@ -266,15 +240,32 @@ class _Job:
             self.state.save(self.folder)
             done += plan.num_weights
 
-    def _importance(self, number: int, plan: LayerPlan) -> Importance | None:
-        calibration = self.calibration
-        if calibration is None:
-            return None
-        return lambda expert, weights: calibration.importance(
-            number, expert, weights, plan.site.spec
-        )
+    def _inputs(self, layer: int) -> Inputs | None:
+        return None if self.calibration is None else partial(self.calibration.inputs, layer)
 
     def write_dense(self) -> None:
+        """Write the dense layers that are packed, a file after the other."""
+        shards, done = self.plan.dense_files, 0
+        total = sum(len(plans) for plans in shards.values())
+
+        def on_done() -> None:
+            nonlocal done
+            done += 1
+            self.progress("quantising dense layers", done / total)
+
+        for file, plans in shards.items():
+            if file in self.state.files:
+                done += len(plans)
+                continue
+            workers = [DenseWorker(plan, self.method, self.threads, on_done) for plan in plans]
+            self.state.files[file] = write_dense(
+                self.folder, file, [(w.plan.layer, w.pieces()) for w in workers]
+            )
+            for worker in workers:
+                self.state.layers[worker.plan.layer.name] = asdict(worker.report())
+            self.state.save(self.folder)
+
+    def copy_dense(self) -> None:
         """Copy dense tensors, bytes as they are."""
         self.progress("copying dense weights", None)
         for file, names in self.plan.shards.items():
@@ -311,6 +302,8 @@ class _Job:
             saved = [Path(file).name for file in plan.tokenizer.save_pretrained(folder)]
             saved = [name for name in dict.fromkeys(saved) if (folder / name).is_file()]
         weight_map = {name: file for file, names in plan.shards.items() for name in names}
+        for dense in plan.config.dense.values():
+            weight_map[dense.packed_name] = dense.file
         for layer_plan in plan.layers:
             layer = layer_plan.layer
             weight_map |= dict.fromkeys((layer.packed_name, layer.digests_name), layer.file)
@@ -323,7 +316,7 @@ class _Job:
         small = [*(source.name for source in plan.copied), *saved, *texts]
         files = self.state.files | {name: file_entry(folder / name) for name in small}
         with replacing(folder / MANIFEST_NAME) as temporary:
-            temporary.write_text(manifest_text(files), encoding="utf-8")
+            temporary.write_text(manifest_text(files, plan.config.version), encoding="utf-8")
         _sync_folder(folder)
 
 

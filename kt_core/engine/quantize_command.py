@@ -10,9 +10,11 @@ from pathlib import Path
 from kt_core.engine.calibration import Calibration, calibrate
 from kt_core.engine.evaluation import evaluate
 from kt_core.engine.model_files import resolve_model
-from kt_core.engine.quantize import QuantReport, check_target, quantize, unfinished
+from kt_core.engine.quantize import check_target, quantize, unfinished
 from kt_core.engine.quantize_expert import Method
+from kt_core.engine.quantize_overrides import NO_FORMAT
 from kt_core.engine.quantize_plan import plan_quantization
+from kt_core.engine.quantize_report import QuantReport
 from kt_core.engine.text_windows import read_text
 from kt_core.errors import InvalidRequestError
 from kt_core.interfaces import Progress
@@ -24,6 +26,7 @@ class Options:
     """What was asked for; in the words of the command line."""
 
     weight_format: str
+    dense_format: str = "none"
     method: str = "search"
     overrides: Mapping[str, str] = field(default_factory=dict)
     calibrate: Path | None = None
@@ -52,6 +55,8 @@ def run(
         msg = "--format auto is for running: say what the experts shall become"
         raise InvalidRequestError(msg)
     registry.formats.get(options.weight_format)  # unknown ones fail before anything is fetched
+    if options.dense_format != NO_FORMAT:
+        registry.formats.get(options.dense_format)
     check_target(target)
     texts = {
         name: read_text(file, name)
@@ -65,6 +70,7 @@ def run(
         weight_format=options.weight_format,
         method=_described(options.method, texts.get("--calibrate")),
         overrides=options.overrides,
+        dense_format=options.dense_format,
     )
     if unfinished(target).exists():
         remark(f"going on with {unfinished(target)}, which an earlier run left")
@@ -95,4 +101,4 @@ def _described(method: str, calibration: str | None) -> str:
     if calibration is None:
         return method
     digest = hashlib.sha256(calibration.encode()).hexdigest()[:16]
-    return f"{method}, calibrated on a text of SHA-256 {digest}..."
+    return f"{method}, compensated on a text of SHA-256 {digest}..."

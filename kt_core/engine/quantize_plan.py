@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from kt_core.engine.model_files import (
     model_dtype,
 )
 from kt_core.engine.packed_loading import find_packed
+from kt_core.engine.quantize_dense import DenseChoice, DensePlan, plan_dense
+from kt_core.engine.quantize_overrides import NO_FORMAT, check_overrides, format_for
 from kt_core.engine.sites import find_sites, split_tied
 from kt_core.engine.stored_checkpoint import open_model
 from kt_core.engine.stored_experts import RowsByLayout, StoredExperts
@@ -86,6 +88,7 @@ class QuantPlan:
         tokenizer: Of a model in files of another kind: is saved; None where its files are copied.
         config: The ``quantization_config`` of what is written.
         dtype: Of the model: what dense tensors become that the source has quantised.
+        dense_files: Dense layers that are packed, by the file they go to.
     """
 
     source: Path
@@ -97,6 +100,7 @@ class QuantPlan:
     tokenizer: PreTrainedTokenizerBase | None
     config: PackedConfig
     dtype: torch.dtype
+    dense_files: Mapping[str, Sequence[DensePlan]] = field(default_factory=dict)
 
     def decoded_type(self, name: str) -> torch.dtype | None:
         """Return what a dense tensor becomes; None where it stays as it is."""
@@ -114,14 +118,16 @@ class QuantPlan:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the dense tensors."""
-        return sum(self.dense_size(name) for shard in self.shards.values() for name in shard)
+        """Bytes of dense tensors and packed dense layers."""
+        tensors = sum(self.dense_size(name) for shard in self.shards.values() for name in shard)
+        return tensors + sum(layer.size_bytes for layer in self.config.dense.values())
 
     @property
     def size_bytes(self) -> int:
         """Bytes of everything that is written."""
         experts = sum(p.layer.size_bytes + p.layer.num_experts * DIGEST_BYTES for p in self.layers)
-        headers = 2 * ALIGNMENT * (len(self.layers) + len(self.shards) + 1)
+        files = len(self.layers) + len(self.shards) + len(self.dense_files)
+        headers = 2 * ALIGNMENT * (files + 1)
         return experts + self.dense_bytes + headers + sum(f.stat().st_size for f in self.copied)
 
     def fingerprint(self) -> str:
@@ -142,6 +148,7 @@ def plan_quantization(
     weight_format: str,
     method: str,
     overrides: Mapping[str, str] | None = None,
+    dense_format: str = "none",
 ) -> QuantPlan:
     """Decide everything, from config and headers alone.
 
@@ -150,14 +157,19 @@ def plan_quantization(
         registry: The plug-ins.
         weight_format: Name of the format of the experts.
         method: How they are quantised: is written down.
-        overrides: Formats of single modules, by a pattern of the path of the experts module, with
-            ``*`` and ``?``; the first that matches counts.
+        overrides: Formats of single modules, by a pattern of the path of the experts module, or
+            dense layer, with ``*`` and ``?``; the first that matches counts. ``none`` leaves a
+            dense layer as it is.
+        dense_format: What dense layers become; ``none`` leaves them as they are.
 
     Raises:
         KtError: The model cannot be loaded, or an override matches nothing.
     """
     everywhere = registry.formats.get(weight_format)
-    special = {pattern: registry.formats.get(name) for pattern, name in (overrides or {}).items()}
+    special = {
+        pattern: None if name == NO_FORMAT else registry.formats.get(name)
+        for pattern, name in (overrides or {}).items()
+    }
     if find_packed(source, registry) is not None:
         msg = (
             f"{source} is packed by kt already: what was rounded once should not be rounded again. "
@@ -168,7 +180,7 @@ def plan_quantization(
     config_dict, checkpoint = dict(opened.config), opened.checkpoint
     config = model_config(source, config_dict, registry)
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(config)(config).eval()
+        model: PreTrainedModel = model_class(config)(config).to(model_dtype(config)).eval()
     own, _ = split_tied(model, find_sites(model, adapters_for(config_dict["model_type"], registry)))
     wanted = expert_parameters(model, own)
     tensors = index_experts(find_sources(checkpoint, model, wanted), model, wanted)
@@ -176,17 +188,21 @@ def plan_quantization(
     layers = []
     rows: RowsByLayout = {}
     for number, site in enumerate(own, start=1):
-        chosen = next(
-            (f for pattern, f in special.items() if fnmatch.fnmatch(site.module_name, pattern)),
-            everywhere,
-        )
+        chosen = format_for((site.module_name,), everywhere, special)
+        if chosen is None:
+            msg = f"experts cannot stay as they are: {site.module_name} needs a format of its own"
+            raise InvalidRequestError(msg)
         name = f"experts-{number:05}-of-{len(own):05}.safetensors"
         layer = PackedLayer.of(site.parameter_prefix, name, site.spec, chosen.descriptor)
         parts = {n: tensors[f"{site.parameter_prefix}.{n}"] for n in site.parameters}
         stored = stored_experts(checkpoint, site, parts, chosen.descriptor, rows)
         layers.append(LayerPlan(site, parts, chosen, layer, stored))
-    _check_overrides(special, own)
-    shards = _shards(checkpoint, layers)
+    dense = DenseChoice()
+    if dense_format != NO_FORMAT:
+        dense = plan_dense(model, own, checkpoint, registry.formats.get(dense_format), special)
+    check_overrides(special, own, dense.names)
+    shards = _shards(checkpoint, layers, dense.tensors)
+    dense_files = dense.files(_SHARD_BYTES)
     is_foreign = kind_of(source, registry) is not None
     return QuantPlan(
         source=source,
@@ -200,7 +216,9 @@ def plan_quantization(
             layers={plan.layer.name: plan.layer for plan in layers},
             source=source.name,
             method=method,
+            dense={p.layer.name: p.layer for plans in dense_files.values() for p in plans},
         ),
+        dense_files=dense_files,
         dtype=model_dtype(config),
     )
 
@@ -251,18 +269,10 @@ def fingerprint(checkpoint: Checkpoint, made: str) -> str:
     return digest.hexdigest()
 
 
-def _check_overrides(special: Mapping[str, WeightFormat], sites: Sequence[ExpertsSite]) -> None:
-    names = [site.module_name for site in sites]
-    for pattern in special:
-        if not fnmatch.filter(names, pattern):
-            msg = (
-                f"the override {pattern!r} matches no experts; there are {names[0]} ... {names[-1]}"
-            )
-            raise InvalidRequestError(msg)
-
-
-def _shards(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> dict[str, list[str]]:
-    """Give every tensor that is no expert's to a file, in the order of their names."""
+def _shards(
+    checkpoint: Checkpoint, layers: Sequence[LayerPlan], packed: Collection[str]
+) -> dict[str, list[str]]:
+    """Give every tensor that is not packed to a file, in the order of their names."""
     taken = {
         name
         for plan in layers
@@ -272,7 +282,7 @@ def _shards(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> dict[str, li
     }
     shards: list[list[str]] = [[]]
     size = 0
-    for name in sorted(set(checkpoint.tensors) - taken):
+    for name in sorted(set(checkpoint.tensors) - taken - set(packed)):
         if size > 0 and size + checkpoint.tensors[name].size_bytes > _SHARD_BYTES:
             shards.append([])
             size = 0

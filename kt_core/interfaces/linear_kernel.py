@@ -58,6 +58,23 @@ class LinearKernel(ABC):
                 format, or a number is NaN or infinite.
         """
 
+    def map_packed(self, packed: torch.Tensor) -> bool:
+        """Use packed bytes where they are, if the kernel can: instead of ``load``.
+
+        Args:
+            packed: ``[bytes]`` uint8 on the host, at an address that is a multiple of 64: panels,
+                then the bias, as kt_core/packed/ describes. Of a mapped file, for instance.
+
+        Returns:
+            Whether the kernel keeps ``packed``, which then must not change until the layer is
+            loaded again. By default nothing is done, and the numbers must be given to ``load``.
+
+        Raises:
+            ValueError: ``packed`` is not ``[bytes]`` uint8 of such a layer.
+        """
+        del packed
+        return False
+
     @abstractmethod
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x W^T + b``, ``[..., out_features]``, when it is computed.

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 from kt_core.interfaces import ExpertWeights, QuantizedTensor
-from kt_core.packed.layout import PANEL, ExpertLayout, MatrixLayout
-from kt_core.types import Element, Format, MoeSpec, ScaleType
+from kt_core.packed.layout import PANEL, ExpertLayout, LinearLayout, MatrixLayout
+from kt_core.types import Element, Format, LinearSpec, MoeSpec, ScaleType
 
 # Bit 7 of an int8 is flipped: instructions multiply unsigned bytes by signed ones.
 _INT8_FLIP = 0x80
@@ -79,18 +79,57 @@ def pack(weights: ExpertWeights, spec: MoeSpec, weight_format: Format) -> torch.
     parts.append(_panels("down", weights.down, layout.down).flatten())
     if layout.has_bias:
         for bias, matrix in biases:
-            if bias is None or bias.shape != (matrix.rows,):
-                got = None if bias is None else list(bias.shape)
-                msg = f"a bias must be [{matrix.rows}], got {got}"
-                raise ValueError(msg)
-            padded = functional.pad(bias.float(), (0, matrix.padded_rows - matrix.rows))
-            parts.append(padded.view(torch.uint8))
+            parts.append(padded_bias(bias, matrix))
     packed = torch.cat(parts)
     return functional.pad(packed, (0, layout.size_bytes - packed.numel()))
 
 
-def check_packed(packed: torch.Tensor, layout: ExpertLayout) -> None:
-    """Refuse what cannot be the bytes of such an expert.
+def unpack_linear(
+    packed: torch.Tensor, spec: LinearSpec, weight_format: Format
+) -> tuple[QuantizedTensor, torch.Tensor | None]:
+    """Return the numbers of a packed dense layer: its matrix, and its float32 bias.
+
+    Args:
+        packed: ``[bytes]`` uint8; not kept.
+        spec: The layer.
+        weight_format: Its format.
+
+    Raises:
+        ValueError: ``packed`` is not ``[bytes]`` uint8 of such a layer.
+    """
+    layout = LinearLayout.of(spec, weight_format)
+    check_packed(packed, layout)
+    panels = packed[: layout.bias_offset].view(layout.weight.panels, -1)
+    bias = None
+    if layout.has_bias:
+        bias = packed[layout.bias_offset :].clone().view(torch.float32)[: spec.out_features]
+    return unpack_matrix(panels, layout.weight), bias
+
+
+def pack_linear(
+    weight: QuantizedTensor, bias: torch.Tensor | None, spec: LinearSpec, weight_format: Format
+) -> torch.Tensor:
+    """Return the ``[bytes]`` uint8 that every backend makes of a quantised dense layer.
+
+    Args:
+        weight: Of ``weight_format``, in the shape of ``spec``, all numbers finite.
+        bias: Of any floating type; None where ``spec`` has none.
+        spec: The layer.
+        weight_format: Its format.
+
+    Raises:
+        ValueError: The matrix is in another format or shape.
+    """
+    layout = LinearLayout.of(spec, weight_format)
+    parts = [_panels("weight", weight, layout.weight).flatten()]
+    if layout.has_bias:
+        parts.append(padded_bias(bias, layout.weight))
+    packed = torch.cat(parts)
+    return functional.pad(packed, (0, layout.size_bytes - packed.numel()))
+
+
+def check_packed(packed: torch.Tensor, layout: ExpertLayout | LinearLayout) -> None:
+    """Refuse what cannot be the bytes of such an expert, or dense layer.
 
     Raises:
         ValueError: ``packed`` is not ``[bytes]`` uint8 in one piece.
@@ -98,11 +137,14 @@ def check_packed(packed: torch.Tensor, layout: ExpertLayout) -> None:
     if packed.shape == (layout.size_bytes,) and packed.dtype is torch.uint8:
         if packed.is_contiguous():
             return
-        msg = "a packed expert must be in one piece: call contiguous() on it"
+        msg = "packed bytes must be in one piece: call contiguous() on them"
         raise ValueError(msg)
     got = f"{list(packed.shape)} {packed.dtype}"
-    name = layout.up.weight_format.name
-    msg = f"a packed {name} expert of this layer is [{layout.size_bytes}] torch.uint8, got {got}"
+    if isinstance(layout, LinearLayout):
+        what = f"a packed {layout.weight.weight_format.name} layer of this shape"
+    else:
+        what = f"a packed {layout.up.weight_format.name} expert of this layer"
+    msg = f"{what} is [{layout.size_bytes}] torch.uint8, got {got}"
     raise ValueError(msg)
 
 
@@ -194,6 +236,20 @@ def _panels(
         msg = f"{name} must be {list(shape)}, got {list(matrix.codes.shape)}"
         raise ValueError(msg)
     return pack_matrix(matrix, layout)
+
+
+def padded_bias(bias: torch.Tensor | None, matrix: MatrixLayout) -> torch.Tensor:
+    """Return the bytes of a bias, of any floating type, behind the panels of its matrix.
+
+    Raises:
+        ValueError: It is not one number for each output.
+    """
+    if bias is None or bias.shape != (matrix.rows,):
+        got = None if bias is None else list(bias.shape)
+        msg = f"a bias must be [{matrix.rows}], got {got}"
+        raise ValueError(msg)
+    padded = functional.pad(bias.float(), (0, matrix.padded_rows - matrix.rows))
+    return padded.view(torch.uint8)
 
 
 def _padded_blocks(raw: torch.Tensor, layout: MatrixLayout) -> torch.Tensor:

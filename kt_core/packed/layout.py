@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kt_core.types import ELEMENT_BITS, SCALE_BITS, Format, MoeSpec
+from kt_core.types import ELEMENT_BITS, SCALE_BITS, Format, LinearSpec, MoeSpec
 
 PANEL = 16
 """Outputs whose weights lie together."""
@@ -186,6 +186,35 @@ class ExpertLayout:
     def down_bias_at(self) -> int:
         """Offset to the bias of down, of ``down.padded_rows`` float32."""
         return self.up_bias_at + self.up.padded_rows * 4
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayout:
+    """A dense layer: the panels of its matrix, then the bias.
+
+    Attributes:
+        weight: ``[out_features, in_features]``.
+        has_bias: Whether a bias follows, float32, padded to whole panels.
+        bias_offset: Where it begins; the end where there is none.
+        size_bytes: The layer.
+    """
+
+    weight: MatrixLayout
+    has_bias: bool
+    bias_offset: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, spec: LinearSpec, weight_format: Format) -> LinearLayout:
+        """Compute the layout of a layer."""
+        weight = MatrixLayout.of(weight_format, spec.out_features, spec.in_features)
+        end = weight.panels * weight.panel_bytes
+        return cls(
+            weight=weight,
+            has_bias=spec.has_bias,
+            bias_offset=end,
+            size_bytes=end + (_round_up(weight.padded_rows * 4, ROW_BYTES) if spec.has_bias else 0),
+        )
 
 
 def _round_up(n: int, multiple: int) -> int:

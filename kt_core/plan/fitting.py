@@ -57,3 +57,23 @@ def first_that_fits(
         f"Close other programs, or choose a smaller format ({smaller})."
     )
     raise NotEnoughMemoryError(msg)
+
+
+def check_dense_fits(dense_bytes: int, available_bytes: int) -> None:
+    """Check that there is room for a model whose experts are mapped, and need none of their own.
+
+    Args:
+        dense_bytes: Of what is not mapped.
+        available_bytes: Host memory there is.
+
+    Raises:
+        NotEnoughMemoryError: There is not.
+    """
+    needed = dense_bytes + RESERVE_BYTES
+    if needed > available_bytes:
+        msg = (
+            f"not enough memory: the dense part of the model needs {needed / 1e9:.2f} GB, "
+            f"{available_bytes / 1e9:.2f} GB are available; its experts stay in their files. "
+            "Close other programs, or pack the original model with `kt quant --dense-format int8`."
+        )
+        raise NotEnoughMemoryError(msg)

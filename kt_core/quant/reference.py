@@ -44,6 +44,7 @@ FP4_VALUES = (
     -6.0,
 )
 LARGEST = {Element.FP8: 448.0, Element.FP4: 6.0}
+SIGNED_CODES = {Element.INT8: (-127, 127), Element.INT4: (-8, 7)}
 LARGEST_EXPONENT = {Element.FP8: 8, Element.FP4: 2}
 
 
@@ -141,8 +142,8 @@ def _divide(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _symmetric(groups: torch.Tensor, weight_format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = (-127, 127) if weight_format.element is Element.INT8 else (-8, 7)
-    scale = stored_scale(groups.abs().amax(dim=-1, keepdim=True) / high, weight_format)
+    low, high = SIGNED_CODES[weight_format.element]
+    scale = group_scales(groups, weight_format)
     codes = _divide(groups, scale).clamp(low, high).round()
     return codes.to(torch.int8), scale
 
@@ -177,24 +178,49 @@ def _float(
     """Codes, scales, and scales of outputs."""
     element = weight_format.element
     largest = LARGEST[element]
-    peak = groups.abs().amax(dim=-1, keepdim=True)
-    outputs = None
-    if weight_format.scale is ScaleType.E8M0:
-        exponent = (peak.view(torch.int32) >> 23) - LARGEST_EXPONENT[element]
-        scale = (exponent.clamp(min=1) << 23).view(torch.float32)
-        scale = torch.where(peak > 0, scale, 2.0**-127)  # the least there is
-        step = scale
-    elif weight_format.scale is ScaleType.E4M3:
-        outputs = peak.amax(dim=1, keepdim=True) / (largest * LARGEST[Element.FP8])
-        wanted = _divide(peak / largest, outputs).clamp(max=LARGEST[Element.FP8])
-        scale = wanted.to(torch.float8_e4m3fn).float()
-        step = scale * outputs
-        outputs = outputs.flatten()
-    else:
-        step = scale = stored_scale(peak / largest, weight_format)
+    outputs = output_scales(groups, weight_format)
+    scale = group_scales(groups, weight_format, outputs)
+    step = scale if outputs is None else scale * outputs
     values = _divide(groups, step).clamp(-largest, largest)
     codes = nearest_fp4(values) if element is Element.FP4 else values.to(torch.float8_e4m3fn)
-    return codes, scale, outputs
+    return codes, scale, None if outputs is None else outputs.flatten()
+
+
+def output_scales(groups: torch.Tensor, weight_format: Format) -> torch.Tensor | None:
+    """``[out, 1, 1]``: what multiplies the scales of an output's groups; None without.
+
+    Args:
+        groups: All of an output, ``[out, groups, group_size]``.
+        weight_format: Of a format.
+    """
+    if not weight_format.has_output_scale:
+        return None
+    peak = groups.abs().amax(dim=(1, 2), keepdim=True)
+    return peak / (LARGEST[weight_format.element] * LARGEST[Element.FP8])
+
+
+def group_scales(
+    groups: torch.Tensor, weight_format: Format, outputs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[out, groups, 1]``: scales of round-to-nearest in formats without zero point or minimum.
+
+    Args:
+        groups: ``[out, groups, group_size]``.
+        weight_format: The format.
+        outputs: What ``output_scales`` returned for whole outputs.
+    """
+    peak = groups.abs().amax(dim=-1, keepdim=True)
+    if weight_format.element.is_integer:
+        return stored_scale(peak / SIGNED_CODES[weight_format.element][1], weight_format)
+    if weight_format.scale is ScaleType.E8M0:
+        exponent = (peak.view(torch.int32) >> 23) - LARGEST_EXPONENT[weight_format.element]
+        scale = (exponent.clamp(min=1) << 23).view(torch.float32)
+        return torch.where(peak > 0, scale, 2.0**-127)  # the least there is
+    wanted = peak / LARGEST[weight_format.element]
+    if outputs is None:
+        return stored_scale(wanted, weight_format)
+    wanted = _divide(wanted, outputs.expand_as(wanted)).clamp(max=LARGEST[Element.FP8])
+    return stored_scale(wanted, weight_format)
 
 
 def nearest_fp4(values: torch.Tensor) -> torch.Tensor:

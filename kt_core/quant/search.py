@@ -11,14 +11,16 @@ Everything is a number that ``reference.dequantize`` and every kernel reads as e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from kt_core.interfaces import QuantizedTensor
-from kt_core.quant.reference import FP4_VALUES, LARGEST, nearest_fp4, quantize, stored_scale
+from kt_core.quant.grid import Grid, divide
+from kt_core.quant.reference import LARGEST, group_scales, output_scales, quantize, stored_scale
 from kt_core.types import Element, Format, ScaleType
 
 # Of the scale that takes the largest number to the largest code: a little more, down to where it is
@@ -44,26 +46,23 @@ def quantize_searched(
     Raises:
         ValueError: As ``reference.quantize``.
     """
-    start = quantize(weight, weight_format)
-    if start.scales is None:
-        return start
-    rows_at_once = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    parts = [
-        _search(weight[at : at + rows_at_once].float(), _rows(start, at, rows_at_once), importance)
-        for at in range(0, weight.shape[0], rows_at_once)
-    ]
-    return QuantizedTensor(
-        weight_format=weight_format,
-        codes=torch.cat([part.codes for part in parts]),
-        scales=torch.cat([part.scales for part in parts if part.scales is not None]),
-        zero_points=_joined([part.zero_points for part in parts]),
-        minimums=_joined([part.minimums for part in parts]),
-        output_scales=start.output_scales,
-    )
+    nearest = quantize(weight, weight_format)  # refuses what cannot be quantised, too
+    if nearest.scales is None:
+        return nearest
+    columns = weight.shape[1]
+    worth = torch.ones(columns) if importance is None else importance.float()
+    rows_at_once = max(1, _CHUNK_ELEMENTS // columns)
+    parts = []
+    for rows in torch.split(weight, rows_at_once):
+        groups = Groups.of(rows.float(), worth, weight_format)
+        grid = best_grid(groups, weight_format, output_scales(groups.values, weight_format))
+        codes = grid.codes(groups.values).flatten(1)[:, :columns]
+        parts.append(grid.stored(codes))
+    return joined(parts)
 
 
-@dataclass(slots=True)
-class _Groups:
+@dataclass(frozen=True, slots=True)
+class Groups:
     """Numbers of some outputs, group by group; the last group is padded with weights of no account.
 
     Attributes:
@@ -74,8 +73,19 @@ class _Groups:
     values: torch.Tensor
     weights: torch.Tensor
 
-    def error(self, guess: torch.Tensor) -> torch.Tensor:
-        """``[out, groups, 1]``."""
+    @classmethod
+    def of(cls, rows: torch.Tensor, worth: torch.Tensor, weight_format: Format) -> Groups:
+        """Cut ``[out, in]`` and ``[in]``, float32, into groups."""
+        size = weight_format.group_size or rows.shape[1]
+        missing = -rows.shape[1] % size
+        return cls(
+            functional.pad(rows, (0, missing)).reshape(len(rows), -1, size),
+            functional.pad(worth, (0, missing)).reshape(1, -1, size),
+        )
+
+    def error(self, grid: Grid) -> torch.Tensor:
+        """``[out, groups, 1]``: weighted squared errors of the nearest codes."""
+        guess = grid.numbers(grid.codes(self.values))
         return ((guess - self.values).square_() * self.weights).sum(-1, keepdim=True)
 
     def best_scale(self, codes: torch.Tensor) -> torch.Tensor:
@@ -86,86 +96,54 @@ class _Groups:
         return torch.where(below > 0, above / below, torch.zeros_like(above))
 
 
-@dataclass(slots=True)
-class _Candidate:
-    """A guess: what is stored, and what it stands for."""
+def best_grid(groups: Groups, weight_format: Format, outputs: torch.Tensor | None) -> Grid:
+    """Return the scales whose nearest codes have the least error, group by group.
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor | None
-    guess: torch.Tensor
-
-
-def _search(
-    weight: torch.Tensor, start: QuantizedTensor, importance: torch.Tensor | None
-) -> QuantizedTensor:
-    weight_format = start.weight_format
-    size = weight_format.group_size or weight.shape[1]
-    missing = -weight.shape[1] % size
-    ones = torch.ones(weight.shape[1]) if importance is None else importance.float()
-    groups = _Groups(
-        functional.pad(weight, (0, missing)).reshape(weight.shape[0], -1, size),
-        functional.pad(ones, (0, missing)).reshape(1, -1, size),
-    )
-    best: _Candidate | None = None
-    least: torch.Tensor | None = None
-    for candidate in _candidates(groups, start):
-        error = groups.error(candidate.guess)
-        if best is None or least is None:
-            best, least = candidate, error
-            continue
+    Args:
+        groups: All of some outputs, or some groups of them.
+        weight_format: The format; not bf16.
+        outputs: What ``reference.output_scales`` says of the whole outputs.
+    """
+    candidates = _candidates(groups, weight_format, outputs)
+    best = next(candidates)
+    least = groups.error(best)
+    for candidate in candidates:
+        error = groups.error(candidate)
         is_better = error < least
         least = torch.where(is_better, error, least)
-        best.codes = torch.where(is_better, candidate.codes, best.codes)
-        best.scales = torch.where(is_better, candidate.scales, best.scales)
-        if best.offsets is not None and candidate.offsets is not None:
-            best.offsets = torch.where(is_better, candidate.offsets, best.offsets)
-    assert best is not None
-    codes = best.codes.flatten(1)[:, : weight.shape[1]]
-    offsets = None if best.offsets is None else best.offsets.squeeze(-1)
-    return QuantizedTensor(
-        weight_format=weight_format,
-        codes=_stored_codes(codes, weight_format),
-        scales=best.scales.squeeze(-1),
-        zero_points=offsets.to(torch.uint8)
-        if offsets is not None and weight_format.has_zero_point
-        else None,
-        minimums=offsets if weight_format.has_minimum else None,
-        output_scales=start.output_scales,
-    )
+        best = best.better(candidate, is_better)
+    return best
 
 
-def _stored_codes(codes: torch.Tensor, weight_format: Format) -> torch.Tensor:
-    if weight_format.element is Element.FP4:
-        return nearest_fp4(codes)
-    if weight_format.element is Element.FP8:
-        return codes.to(torch.float8_e4m3fn)
-    return codes.to(torch.int8 if weight_format.has_signed_codes else torch.uint8)
+def joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Put outputs together that were quantised by themselves."""
+    names = ("codes", "scales", "zero_points", "minimums", "output_scales")
+    columns = {name: [getattr(part, name) for part in parts] for name in names}
+    together: dict[str, Any] = {
+        name: None if found[0] is None else torch.cat(found) for name, found in columns.items()
+    }
+    return QuantizedTensor(weight_format=parts[0].weight_format, **together)
 
 
-def _candidates(groups: _Groups, start: QuantizedTensor) -> Iterator[_Candidate]:
-    """Yield candidates, round-to-nearest's scale among them; codes are float32 numbers."""
-    weight_format = start.weight_format
+def _candidates(
+    groups: Groups, weight_format: Format, outputs: torch.Tensor | None
+) -> Iterator[Grid]:
+    """Yield candidates, round-to-nearest's scales first."""
     if weight_format.has_zero_point or weight_format.has_minimum:
         yield from _ranges(groups, weight_format)
         return
-    rounded = _rounding(weight_format)
-    outputs = start.output_scales
-    unit = 1.0 if outputs is None else outputs[:, None, None]
-    assert start.scales is not None
-    for scale in _scales(groups, start.scales[..., None], weight_format):
-        codes = rounded(_divide(groups.values, scale * unit))
-        yield _Candidate(codes, scale, None, codes * (scale * unit))
-        if weight_format.scale is ScaleType.E8M0:
-            continue
-        fitted = _fitting(groups.best_scale(codes), unit, weight_format)
-        codes = rounded(_divide(groups.values, fitted * unit))
-        yield _Candidate(codes, fitted, None, codes * (fitted * unit))
+    for scale in _scales(groups, weight_format, outputs):
+        grid = Grid(weight_format, scale, None, outputs)
+        yield grid
+        if weight_format.scale is not ScaleType.E8M0:
+            fitted = groups.best_scale(grid.codes(groups.values))
+            yield Grid(weight_format, _fitting(fitted, outputs, weight_format), None, outputs)
 
 
 def _scales(
-    groups: _Groups, nearest: torch.Tensor, weight_format: Format
+    groups: Groups, weight_format: Format, outputs: torch.Tensor | None
 ) -> Iterator[torch.Tensor]:
+    nearest = group_scales(groups.values, weight_format, outputs)
     yield nearest
     if weight_format.scale is ScaleType.E8M0:
         for octave in _OCTAVES:
@@ -181,16 +159,16 @@ def _scales(
 
 
 def _fitting(
-    scale: torch.Tensor, unit: torch.Tensor | float, weight_format: Format
+    scale: torch.Tensor, outputs: torch.Tensor | None, weight_format: Format
 ) -> torch.Tensor:
-    """Return the number that can be stored; e4m3 scales are not negative, and times ``unit``."""
-    if weight_format.scale is ScaleType.E4M3:
-        wanted = _divide(scale, torch.as_tensor(unit).expand_as(scale))
-        return stored_scale(wanted.clamp(0, LARGEST[Element.FP8]), weight_format)
-    return stored_scale(scale, weight_format)
+    """Return the number that can be stored; e4m3 scales are not negative, and times outputs'."""
+    if outputs is None:
+        return stored_scale(scale, weight_format)
+    wanted = divide(scale, outputs.expand_as(scale))
+    return stored_scale(wanted.clamp(0, LARGEST[Element.FP8]), weight_format)
 
 
-def _ranges(groups: _Groups, weight_format: Format) -> Iterator[_Candidate]:
+def _ranges(groups: Groups, weight_format: Format) -> Iterator[Grid]:
     """Candidates with a zero point or a minimum: ranges within that of the numbers and 0."""
     low = groups.values.amin(-1, keepdim=True).clamp(max=0)
     high = groups.values.amax(-1, keepdim=True).clamp(min=0)
@@ -199,58 +177,14 @@ def _ranges(groups: _Groups, weight_format: Format) -> Iterator[_Candidate]:
             yield _range(groups, weight_format, low * below, high * above)
 
 
-def _range(
-    groups: _Groups, weight_format: Format, low: torch.Tensor, high: torch.Tensor
-) -> _Candidate:
-    values = groups.values
+def _range(groups: Groups, weight_format: Format, low: torch.Tensor, high: torch.Tensor) -> Grid:
     if weight_format.has_zero_point:
         scale = stored_scale((high - low) / 15, weight_format)
-        zero = _divide(-low, scale).clamp(0, 15).round()
-        codes = (_divide(values, scale).round() + zero).clamp(0, 15)
-        scale = stored_scale(groups.best_scale(codes - zero).clamp(min=0), weight_format)
-        codes = (_divide(values, scale).round() + zero).clamp(0, 15)
-        return _Candidate(codes, scale, zero, (codes - zero) * scale)
+        zero = divide(-low, scale).clamp(0, 15).round()
+        codes = Grid(weight_format, scale, zero).codes(groups.values)
+        fitted = groups.best_scale(codes - zero).clamp(min=0)
+        return Grid(weight_format, stored_scale(fitted, weight_format), zero)
     minimum = stored_scale(0 - low, weight_format)
     scale = stored_scale((high + minimum) / 15, weight_format)
-    codes = _divide(values + minimum, scale).clamp(0, 15).round()
     minimum = torch.where(scale > 0, minimum, torch.zeros_like(minimum))
-    return _Candidate(codes, scale, minimum, codes * scale - minimum)
-
-
-def _rounding(weight_format: Format) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what turns numbers into the nearest that a code stands for."""
-    largest = LARGEST.get(weight_format.element)
-    match weight_format.element:
-        case Element.INT8:
-            return lambda x: x.round().clamp(-127, 127)
-        case Element.INT4:
-            return lambda x: x.round().clamp(-8, 7)
-        case Element.FP8:
-            return lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    assert largest is not None
-    values = torch.tensor(FP4_VALUES)
-    return lambda x: values[nearest_fp4(x.clamp(-largest, largest)).long()]
-
-
-def _divide(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``values / scale``, and 0 where the scale is 0."""
-    return torch.where(scale != 0, values / scale, torch.zeros_like(values))
-
-
-def _rows(quantized: QuantizedTensor, at: int, count: int) -> QuantizedTensor:
-    def cut(part: torch.Tensor | None) -> torch.Tensor | None:
-        return None if part is None else part[at : at + count]
-
-    return QuantizedTensor(
-        weight_format=quantized.weight_format,
-        codes=quantized.codes[at : at + count],
-        scales=cut(quantized.scales),
-        zero_points=cut(quantized.zero_points),
-        minimums=cut(quantized.minimums),
-        output_scales=cut(quantized.output_scales),
-    )
-
-
-def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if there else None
+    return Grid(weight_format, scale, minimum)

@@ -21,6 +21,7 @@ from kt_core import plugins
 from kt_core.engine.model_files import config_from_dict
 from kt_core.engine.outline import outline_model
 from kt_core.engine.stored_checkpoint import open_model
+from kt_core.engine.stored_format import formats_on_disk
 from kt_core.errors import CheckpointError, ModelSourceError, UnsupportedModelError
 
 
@@ -213,6 +214,8 @@ def test_logits_are_those_of_transformers_on_the_same_numbers(name: str, tmp_pat
     with load(file) as engine:
         got = tiny.logits(engine.model, input_ids)
         assert engine.stats().format == case.packed
+    stored = formats_on_disk(file, plugins.load()).experts
+    assert "+".join(sorted(weight_format.name for weight_format in stored)) == case.packed
     # The bound on a sum grows with its length, TOLERANCE is for sums of 64.
     longer = truth.config.hidden_size / 64
     assert difference(got, tiny.logits(truth, input_ids)) <= TOLERANCE * longer

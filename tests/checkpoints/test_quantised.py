@@ -17,6 +17,7 @@ from checkpoints.writing import QUANTISED, save_model, store_matrices, write_che
 from kt_core import plugins
 from kt_core.engine.model_files import read_config
 from kt_core.engine.stored_checkpoint import open_stored
+from kt_core.engine.stored_format import StoredFormats, formats_on_disk
 from kt_core.interfaces import QuantizedTensor
 from kt_core.quant.reference import dequantize
 
@@ -106,6 +107,18 @@ def test_logits_are_those_of_transformers_on_the_same_numbers(
     else:
         want = tiny.logits(truth, input_ids)
     assert difference(got, want) <= TOLERANCE
+
+
+@every_scheme
+def test_a_plan_starts_from_what_is_stored(scheme: Scheme, written: Written) -> None:
+    """From the headers, as loading does; nothing is known of a config alone."""
+    registry = plugins.load()
+    quantised, dense = written(scheme)
+    found = formats_on_disk(quantised, registry)
+    assert {weight_format.name for weight_format in found.experts} == {scheme.packed}
+    assert not found.is_packed
+    assert formats_on_disk(dense, registry) == StoredFormats()
+    assert formats_on_disk(quantised / "config.json", registry) == StoredFormats()
 
 
 @every_scheme

@@ -88,6 +88,17 @@ def test_what_would_fit_is_true(kt: Kt) -> None:
     assert report_of(kt, *MACHINE, "--ram", room)["format"] != "bf16"  # auto finds it
 
 
+def test_a_packed_model(kt: Kt, tmp_path: Path) -> None:
+    """It is what it is: experts, and dense layers."""
+    target = tmp_path / "packed"
+    options = ("--format", "int4", "--dense-format", "int8", "--method", "rtn", "--threads", 1)
+    kt("quant", STORIES, target, *options).succeeds()
+    packed = json.loads(kt("plan", target, *MACHINE, "--json").succeeds())
+    assert (packed["format"], packed["dense_format"]) == ("int4-g32", "int8")
+    same = report_of(kt, *MACHINE, "--format", "int4", "--dense-format", "int8")
+    assert packed["total_weight_bytes"] == same["total_weight_bytes"]
+
+
 def test_dense_layers(kt: Kt) -> None:
     plain = report_of(kt, *MACHINE, "--dense-format", "none")
     packed = report_of(kt, *MACHINE, "--dense-format", "int8")

@@ -27,8 +27,8 @@ def test_quant_says_what_it_did(kt: Kt, stories: Path, tmp_path: Path) -> None:
         kt("quant", stories, tmp_path / "two", "--format", "mxfp4", "--json").succeeds()
     )
     assert set(report) == {
-        "target", "method", "layers", "resumed_files", "expert_bytes", "dense_bytes", "seconds",
-        "evaluation",
+        "target", "method", "layers", "dense_layers", "resumed_files", "expert_bytes",
+        "dense_bytes", "seconds", "evaluation",
     }  # fmt: skip
     assert report["method"] == "search"
     assert {layer["format"] for layer in report["layers"]} == {"mxfp4"}
@@ -59,6 +59,10 @@ def test_overrides(kt: Kt, stories: Path, tmp_path: Path) -> None:
         ("a: {b: c}\n", "must hold lines of the form"),
         ("a: [\n", "cannot be read"),
         ('"*.layers.99.*": int8\n', "matches no experts"),
+        ('"*.layers.0.mlp.experts.3": int8\n', "one kernel computes all experts of a layer"),
+        ('"*.experts.[01].up_proj": int8\n', "Name the whole layer: 'model.layers.0.mlp.exp"),
+        ('"lm_head": int8\n', "Dense layers are packed with --dense-format only"),
+        ('"*": none\n', "experts cannot stay as they are"),
         ('"*": int5\n', "int5"),
     ],
 )

@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import kt_core
 from cli.calling import STORIES
 from kt_core import plugins
 from kt_core.engine.calibration import Calibration, calibrate
 from kt_core.engine.evaluation import evaluate
-from kt_core.engine.quantize import QuantReport
+from kt_core.engine.expert_inputs import ExpertInputs
 from kt_core.engine.quantize_command import Options, run
+from kt_core.engine.quantize_expert import Method, quantize_expert
 from kt_core.engine.quantize_plan import plan_quantization
+from kt_core.engine.quantize_report import QuantReport
 from kt_core.engine.text_windows import WINDOW_TOKENS
 from kt_core.errors import InvalidRequestError
-from kt_core.interfaces import no_progress
-from kt_core.quant.reference import dequantize, quantize
-from kt_core.quant.search import quantize_searched
+from kt_core.interfaces import ExpertWeights, no_progress
+from kt_core.quant.reference import dequantize
 
 TEXT = " ".join(
     f"Once upon a time there was a little {animal}. The {animal} had a red {thing}, and it was "
@@ -54,84 +55,82 @@ def quantized(target: Path, registry: plugins.Registry, **options: Any) -> Quant
     return run(str(STORIES), target, registry, chosen, progress=no_progress, remark=remark)
 
 
-def test_importance_is_what_the_experts_were_given(
+def test_inputs_are_what_the_experts_were_given(
     calibration: Calibration, registry: plugins.Registry
 ) -> None:
     """Of the first layer, taken again from the model by other means."""
     plan = plan_quantization(STORIES, registry, weight_format="int4", method="search")
     layer, spec = plan.layers[0], plan.layers[0].site.spec
-    stored = load_file(calibration.folder / "layer-00000.safetensors")
+    states, routes = [], []
     with kt_core.load(STORIES, threads=1) as engine:
-        seen: list[torch.Tensor] = []
         block = engine.model.get_submodule(layer.site.module_name.rpartition(".")[0])
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+        block.register_forward_pre_hook(lambda _, args: states.append(args[0][0]))
+        block.gate.register_forward_hook(lambda _, args, out: routes.append(out))
         tokens = engine.encode(TEXT, raw=True)
-        with torch.inference_mode():
-            engine.model(input_ids=torch.tensor([tokens[:WINDOW_TOKENS]]))
-    first = seen[0].bfloat16()
-    assert torch.equal(stored["hidden"][: len(first)], first)
-    counts = torch.bincount(stored["ids"].flatten(), minlength=spec.num_experts)
-    busiest = int(counts.argmax())
-    rows = {name: tensors.read(busiest) for name, tensors in layer.tensors.items()}
-    weights = layer.site.expert_weights(rows)
-    worth = calibration.importance(0, busiest, weights, spec)
-    own = stored["hidden"][(stored["ids"] == busiest).any(dim=1)][:512].double()
-    gate, up = weights.gate.double(), weights.up.double()
-    inner = torch.nn.functional.silu(own @ gate.T) * (own @ up.T)
-    # 16 tokens of everybody are counted in, among some hundred of its own.
-    share = 16 / (len(own) + 16)
-    for name, inputs in (("gate", own), ("up", own), ("down", inner)):
-        squares = inputs.square()
-        expected = (squares / squares.mean(dim=1, keepdim=True)).mean(dim=0)
-        assert worth[name].shape == expected.shape
-        assert worth[name].mean() == pytest.approx(1, rel=1e-4)
-        assert (worth[name] >= (1 - share) * expected * 0.999).all()
+        for at in range(0, len(tokens), WINDOW_TOKENS):
+            with torch.inference_mode():
+                engine.model(input_ids=torch.tensor([tokens[at : at + WINDOW_TOKENS]]))
+    hidden = torch.cat(states).bfloat16()
+    ids = torch.cat([next(p for p in route if not p.is_floating_point()) for route in routes])
+    for expert in range(spec.num_experts):
+        inputs = calibration.inputs(0, expert)
+        own = hidden[(ids == expert).any(dim=1)].float()
+        assert torch.equal(inputs.hidden[: len(own)], own)
+        assert (inputs.shares[: len(own)] == 1).all()
+        # What is shared counts as 16 of its own.
+        assert float(inputs.shares[len(own) :].sum()) == pytest.approx(16)
+    double = own.double()
+    rows = double / double.square().mean(dim=1, keepdim=True).sqrt()
+    moments = inputs.moments(inputs.hidden).double()
+    assert moments.trace() == pytest.approx((len(own) + 16) * spec.hidden_size, rel=1e-4)
+    assert float(torch.linalg.eigvalsh(moments - rows.T @ rows).min()) > -1e-3
 
 
-def test_an_expert_that_no_token_went_to(
-    calibration: Calibration, registry: plugins.Registry
-) -> None:
-    plan = plan_quantization(STORIES, registry, weight_format="int4", method="search")
-    layer = plan.layers[0]
-    rows = {name: tensors.read(0) for name, tensors in layer.tensors.items()}
-    weights = layer.site.expert_weights(rows)
-    worth = calibration.importance(0, 10_000, weights, layer.site.spec)
-    for values in worth.values():
-        assert torch.isfinite(values).all()
-        assert values.sum() > 0
+def test_an_expert_that_no_token_went_to(calibration: Calibration) -> None:
+    """It gets some of everybody's."""
+    inputs = calibration.inputs(0, 10_000)
+    assert 0 < len(inputs.hidden) <= 256
+    assert torch.isfinite(inputs.moments(inputs.hidden)).all()
 
 
 def test_each_step_is_better(calibration: Calibration, registry: plugins.Registry) -> None:
-    """To the nearest, searched, calibrated: errors of what trained experts give, token by token.
+    """To the nearest, searched, compensated: errors of what trained experts give, on other text.
 
     Not the KL divergence of this model: on text that is made by rules nearly all tokens are sure,
     and the mean is that of the few that are not.
     """
     plan = plan_quantization(STORIES, registry, weight_format="int4", method="search")
-    layer, spec = plan.layers[-1], plan.layers[-1].site.spec
-    stored = load_file(calibration.folder / f"layer-{len(plan.layers) - 1:05}.safetensors")
-    errors = dict.fromkeys(("rtn", "search", "calibrated"), 0.0)
-    for expert in range(spec.num_experts):
-        inputs = stored["hidden"][(stored["ids"] == expert).any(dim=1)].float()
+    number = len(plan.layers) - 1
+    layer, spec = plan.layers[number], plan.layers[number].site.spec
+    descriptor = layer.weight_format
+    errors = dict.fromkeys(("rtn", "search", "compensated"), 0.0)
+    for expert in range(0, spec.num_experts, 4):
+        inputs = calibration.inputs(number, expert)
+        seen, other = (_half(inputs, half) for half in (0, 1))
         rows = {name: tensors.read(expert) for name, tensors in layer.tensors.items()}
         weights = layer.site.expert_weights(rows)
-        worth = calibration.importance(len(plan.layers) - 1, expert, weights, spec)
-        gate, up, down = (getattr(weights, n).float() for n in ("gate", "up", "down"))
-        inner = torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
-        for name, matrix, given in (
-            ("gate", gate, inputs), ("up", up, inputs), ("down", down, inner),
-        ):  # fmt: skip
-            sizes = given.square().mean(dim=1)
-            descriptor = layer.weight_format.descriptor
-            for method, quantised in (
-                ("rtn", quantize(matrix, descriptor)),
-                ("search", quantize_searched(matrix, descriptor)),
-                ("calibrated", quantize_searched(matrix, descriptor, worth[name])),
-            ):
-                wrong = (given @ (dequantize(quantised) - matrix).T).square().sum(dim=1)
-                errors[method] += float((wrong / sizes).sum())
+        want = _output(weights, other.hidden)
+        for method, given in (("rtn", None), ("search", None), ("compensated", seen)):
+            chosen = Method.RTN if method == "rtn" else Method.SEARCH
+            quantised, _ = quantize_expert(weights, descriptor, chosen, given, spec)
+            dense = replace(
+                quantised, **{n: dequantize(getattr(quantised, n)) for n in ("gate", "up", "down")}
+            )
+            wrong = (_output(dense, other.hidden) - want).square().sum(dim=1)
+            errors[method] += float((wrong / want.square().sum(dim=1).clamp(min=1e-30)).sum())
     assert errors["search"] < 0.9 * errors["rtn"]
-    assert errors["calibrated"] < 0.98 * errors["search"]
+    assert errors["compensated"] < 0.8 * errors["search"]
+
+
+def _half(inputs: ExpertInputs, half: int) -> ExpertInputs:
+    return ExpertInputs(inputs.hidden[half::2], inputs.shares[half::2])
+
+
+def _output(weights: ExpertWeights, hidden: torch.Tensor) -> torch.Tensor:
+    gate, up, down = (getattr(weights, name).float() for name in ("gate", "up", "down"))
+    inner = torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)
+    result: torch.Tensor = inner @ down.T
+    return result
 
 
 def test_evaluation_and_calibration_leave_nothing(
@@ -173,7 +172,7 @@ def test_another_text_is_another_job(registry: plugins.Registry, tmp_path: Path)
     text.write_text(TEXT)
     quantized(tmp_path / "packed", registry, calibrate=text)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
-    assert config["quantization_config"]["method"].startswith("search, calibrated on a text of")
+    assert config["quantization_config"]["method"].startswith("search, compensated on a text of")
 
 
 @pytest.mark.parametrize("content", [b"", b"too short", b"\xff\xfe"])

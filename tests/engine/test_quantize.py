@@ -22,22 +22,25 @@ import transformers
 from safetensors.torch import load_file
 
 import kt_core
-from kt_core import plugins
+from kt_core import hardware, plugins
 from kt_core.engine import quantize as module
 from kt_core.engine.packed_cache import cached_models, remove_cached
-from kt_core.engine.quantize import QuantReport, open_finished, quantize, unfinished
+from kt_core.engine.quantize import open_finished, quantize, unfinished
 from kt_core.engine.quantize_expert import Method
 from kt_core.engine.quantize_plan import plan_quantization
+from kt_core.engine.quantize_report import QuantReport
 from kt_core.errors import (
     CheckpointError,
     InvalidRequestError,
     KtError,
     NotEnoughDiskError,
+    NotEnoughMemoryError,
     UnknownNameError,
     UnsupportedFormatError,
 )
 from kt_core.interfaces import Progress, no_progress
 from kt_core.packed.codec import unpack
+from kt_core.plan import fitting
 from kt_core.quant.reference import dequantize
 
 Saved = Callable[..., Path]
@@ -64,8 +67,8 @@ def pack(
     return quantize(plan, target, method=method, threads=threads, progress=progress)
 
 
-def logits(directory: Path, form: str = "auto") -> torch.Tensor:
-    with kt_core.load(directory, format=form, threads=2) as engine:
+def logits(directory: Path, form: str = "auto", **options: Any) -> torch.Tensor:
+    with kt_core.load(directory, format=form, threads=2, **options) as engine:
         ids = tiny.sample_input_ids(engine.model.config)
         with torch.inference_mode():
             result: torch.Tensor = engine.model(input_ids=ids).logits
@@ -202,6 +205,130 @@ def test_a_config_of_another_model(
         kt_core.load(target, threads=1)
 
 
+# ---------------------------------------------------------------- dense layers
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "cohere2_moe", "jamba"])
+@pytest.mark.parametrize("form", ["int8", "nvfp4"])
+def test_dense_layers_run_as_what_was_loaded(
+    family: str, form: str, saved: Saved, tmp_path: Path, registry: plugins.Registry
+) -> None:
+    """Bit for bit, without a flag; the same layers, so none that the model reads itself."""
+    source, target = saved(family), tmp_path / "packed"
+    report = pack(source, target, registry, dense_format=form)
+    assert torch.equal(logits(target), logits(source, "int4", dense_format=form))
+    with kt_core.load(source, format="int4", dense_format=form, threads=1) as engine:
+        want = engine.stats()
+    with kt_core.load(target, threads=1) as engine:
+        got = engine.stats()
+    assert (got.dense_format, got.dense_layers) == (want.dense_format, want.dense_layers)
+    assert got.dense_bytes == want.dense_bytes
+    assert {layer.format for layer in report.dense_layers} == {form}
+    assert all(0 < layer.relative_error < 0.2 for layer in report.dense_layers)
+
+
+def test_packed_dense_tensors_are_nowhere_else(
+    saved: Saved, tmp_path: Path, registry: plugins.Registry
+) -> None:
+    """And an embedding that a packed head is tied to stays."""
+    target = tmp_path / "packed"
+    pack(saved("cohere2_moe"), target, registry, dense_format="int8")
+    config = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 2
+    assert "lm_head" in config["dense"]
+    left = load_file(target / "dense-00001-of-00001.safetensors")
+    assert "model.embed_tokens.weight" in left
+    assert not [name for name in left if name.rpartition(".")[0] in config["dense"]]
+    index = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {name: file.name for file in target.glob("*.safetensors") for name in load_file(file)}
+    assert index == found
+    pack(saved("cohere2_moe"), tmp_path / "other", registry)
+    config = json.loads((tmp_path / "other" / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 1  # an older kt may read it
+
+
+def test_dense_overrides(saved: Saved, tmp_path: Path, registry: plugins.Registry) -> None:
+    source, target = saved("qwen3_moe"), tmp_path / "packed"
+    overrides = {"lm_head": "none", "*.layers.0.*": "bf16", "*.o_proj": "int4"}
+    report = pack(source, target, registry, dense_format="int8", overrides=overrides)
+    found = {layer.name: layer.format for layer in report.dense_layers}
+    assert "lm_head" not in found
+    assert found["model.layers.0.self_attn.o_proj"] == "bf16"
+    assert found["model.layers.1.self_attn.o_proj"] == "int4-g32"
+    assert found["model.layers.1.self_attn.q_proj"] == "int8"
+    assert [layer.format for layer in report.layers] == ["int4-g32"] * 3
+    with kt_core.load(target, threads=1) as engine:
+        assert engine.stats().dense_format == "bf16+int4-g32+int8"
+        assert type(engine.model.lm_head) is torch.nn.Linear
+        kernel = engine.model.model.layers[1].self_attn.q_proj.kernel
+        assert kernel.weight_format.name == "int8"
+
+
+def test_a_damaged_dense_layer_is_found(
+    saved: Saved, tmp_path: Path, registry: plugins.Registry
+) -> None:
+    target = tmp_path / "packed"
+    pack(saved("qwen3_moe"), target, registry, dense_format="int8")
+    file = target / "packed-dense-00001-of-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    directory, checkpoint = open_finished(target)
+    assert directory.verify(checkpoint, threads=1, progress=lambda _: None) == [
+        f"{file.name} was changed"
+    ]
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"packed-dense-00001.*is missing"):
+        kt_core.load(target, threads=1)
+
+
+def test_what_packed_dense_layers_cannot_do(
+    saved: Saved, tmp_path: Path, registry: plugins.Registry
+) -> None:
+    target = tmp_path / "packed"
+    pack(saved("qwen3_moe"), target, registry, dense_format="int8")
+    kt_core.load(target, dense_format="int8", threads=1).close()
+    with pytest.raises(UnsupportedFormatError, match="are packed as int8, not int4-g32: leave"):
+        kt_core.load(target, dense_format="int4", threads=1)
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"]["dense"]["lm_head"]["in_features"] += 1
+    (target / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="packed dense layer lm_head of LinearSpec"):
+        kt_core.load(target, threads=1)
+
+
+def test_a_dense_part_that_does_not_fit(
+    saved: Saved, tmp_path: Path, registry: plugins.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts need no room, being mapped; everything else does. Refused before it is read."""
+    target = tmp_path / "packed"
+    pack(saved("qwen3_moe"), target, registry)
+    with kt_core.load(target, threads=1) as engine:
+        needed = engine.stats().dense_bytes + fitting.RESERVE_BYTES
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: needed)
+    kt_core.load(target, threads=1).close()
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(NotEnoughMemoryError, match="its experts stay in their files"):
+        kt_core.load(target, threads=1)
+
+
+def test_killed_between_dense_layers(
+    saved: Saved, tmp_path: Path, registry: plugins.Registry
+) -> None:
+    source, target = saved("qwen3_moe"), tmp_path / "packed"
+    pack(source, tmp_path / "whole", registry, dense_format="int8")
+
+    def stop(stage: str, fraction: float | None) -> None:
+        if stage == "quantising dense layers" and fraction is not None and fraction > 0.4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pack(source, target, registry, dense_format="int8", progress=stop)
+    report = pack(source, target, registry, dense_format="int8")
+    assert report.resumed_files == 1  # what was copied
+    assert contents(target) == contents(tmp_path / "whole")
+
+
 # ---------------------------------------------------------------- killed, and other accidents
 
 
@@ -240,8 +367,10 @@ def test_goes_on_where_it_was(
 def test_kill_9(delay_s: float, saved: Saved, tmp_path: Path, registry: plugins.Registry) -> None:
     """A signal at any time, by the clock: a real process, real leftovers; then equal hashes."""
     source, target = saved("qwen3_moe"), tmp_path / "packed"
-    pack(source, tmp_path / "whole", registry, method=Method.SEARCH)
-    command = ["quant", str(source), str(target), "--format", "int4", "--threads", "1"]
+    same = {"method": Method.SEARCH, "dense_format": "int8"}
+    pack(source, tmp_path / "whole", registry, **same)  # type: ignore[arg-type]
+    options = ("--format", "int4", "--dense-format", "int8", "--threads", "1")
+    command = ["quant", str(source), str(target), *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "kt_core.cli", *command], stderr=subprocess.DEVNULL
     )
@@ -252,7 +381,7 @@ def test_kill_9(delay_s: float, saved: Saved, tmp_path: Path, registry: plugins.
     process.wait()
     assert target.exists() == (not unfinished(target).exists())
     if not target.exists():
-        pack(source, target, registry, method=Method.SEARCH)
+        pack(source, target, registry, **same)  # type: ignore[arg-type]
     assert contents(target) == contents(tmp_path / "whole")
 
 

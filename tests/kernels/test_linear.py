@@ -11,6 +11,7 @@ import torch
 from kernels.devices import ISAS, device_for, packed_bytes, precisions
 from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import WeightFormat
+from kt_core.packed.codec import pack_linear, unpack_linear
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import reference_linear
 from kt_core.testing.backend_harness import is_within, worst_of
@@ -203,3 +204,48 @@ def test_a_closed_device_makes_no_kernel() -> None:
     device.close()
     with pytest.raises(RuntimeError, match="closed"):
         device.linear_kernel(LinearSpec(in_features=8, out_features=8), FORMATS["bf16"].descriptor)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_packed_bytes_are_used_where_they_are(
+    device: CpuDevice, weight_format: WeightFormat, has_bias: bool
+) -> None:
+    """The codec's bytes are the kernel's; mapped, they give the same, and are not copied."""
+    spec = LinearSpec(in_features=100, out_features=37, has_bias=has_bias)
+    weight, bias = reference_linear.random_linear(spec, torch.Generator().manual_seed(0))
+    kernel, _ = loaded(device, spec, weight_format)
+    descriptor = weight_format.descriptor
+    packed = pack_linear(weight_format.quantize(weight), bias, spec, descriptor)
+    assert kernel.packed_bytes() == bytes(packed.numpy())
+    matrix, stored_bias = unpack_linear(packed, spec, descriptor)
+    assert torch.equal(
+        weight_format.dequantize(matrix), weight_format.dequantize(weight_format.quantize(weight))
+    )
+    assert (stored_bias is None) == (bias is None)
+    assert bias is None or torch.equal(stored_bias, bias.float())
+    memory = torch.empty(len(packed) + 64, dtype=torch.uint8)
+    place = memory[-memory.data_ptr() % 64 :][: len(packed)]
+    place.copy_(packed)
+    mapped = device.linear_kernel(spec, descriptor)
+    assert mapped.map_packed(place)
+    x = random_rows(3, spec.in_features)
+    want = kernel.apply(x)
+    assert torch.equal(mapped.apply(x), want)
+    place.zero_()
+    assert not torch.equal(mapped.apply(x), want)
+    mapped.load(weight, bias)  # memory of its own again
+    assert torch.equal(mapped.apply(x), want)
+
+
+def test_what_cannot_be_mapped(device: CpuDevice) -> None:
+    spec = LinearSpec(in_features=64, out_features=32, has_bias=False)
+    kernel = device.linear_kernel(spec, FORMATS["int8"].descriptor)
+    size = kernel.size_bytes
+    memory = torch.zeros(size + 128, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    with pytest.raises(ValueError, match="must lie at a multiple of 64 bytes"):
+        kernel.map_packed(memory[start + 1 : start + 1 + size])
+    with pytest.raises(ValueError, match=rf"int8 layer of this shape is \[{size}\]"):
+        kernel.map_packed(memory[start : start + size - 1])
+    assert not kernel.is_loaded

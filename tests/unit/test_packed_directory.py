@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from kt_core.checkpoint import open_checkpoint, open_packed
-from kt_core.checkpoint.packed_config import PackedConfig, PackedLayer
+from kt_core.checkpoint.packed_config import VERSION, PackedConfig, PackedLayer
 from kt_core.checkpoint.packed_directory import (
     MANIFEST_NAME,
     PackedDirectory,
@@ -193,11 +193,11 @@ def test_files_of_another_model(packed: Path) -> None:
 def test_a_newer_version(packed: Path, place: str) -> None:
     if place == "config.json":
         quantization = read_config(packed)["quantization_config"]
-        write_config(packed, quantization | {"version": 2})
+        write_config(packed, quantization | {"version": VERSION + 1})
     else:
         manifest = json.loads((packed / place).read_text())
-        (packed / place).write_text(json.dumps(manifest | {"version": 2}))
-    with pytest.raises(UnsupportedFormatError, match=r"version 2 of kt's packed format.*Update kt"):
+        (packed / place).write_text(json.dumps(manifest | {"version": VERSION + 1}))
+    with pytest.raises(UnsupportedFormatError, match=r"version 3 of kt's packed format.*Update kt"):
         opened(packed)
 
 
