@@ -17,8 +17,9 @@ import triton
 from kt_core.packed.layout import PANEL
 from kt_core.types import ActivationPrecision
 from kt_triton.combine import combine
-from kt_triton.layer import Layer, matrix_tile
-from kt_triton.matrix import Matrix
+from kt_triton.cuts import Plan, plan_of
+from kt_triton.few_tokens import down_few, gate_up_few
+from kt_triton.layer import Layer, matrix_tile, streaming_tile
 from kt_triton.plan import plan_blocks
 from kt_triton.products import down, gate_up
 from kt_triton.tiles import INTERPRETED
@@ -30,6 +31,8 @@ _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # said, because Triton's 
 _LEAST_SHARED_BYTES = 64 << 10  # of those with matrix units: CDNA3, RDNA3
 _SUM_OUTPUTS = 512
 _PLAN_PAIRS = 1024
+# Outputs of a program that streams weights: one panel. The interpreter pays by the program.
+_STREAM_OUTPUTS = 256 if INTERPRETED.value else PANEL
 # How many bfloat16 hold the digits of a number of a type: 8 each.
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -57,91 +60,6 @@ class Call(NamedTuple):
         return Call(self.hidden[tokens], self.expert_ids[tokens], self.weights[tokens], table, out)
 
 
-class Cut(NamedTuple):
-    """How a product is cut into programs.
-
-    Attributes:
-        outputs: Outputs of a program, of each of gate and up.
-        inputs: Inputs of a tile, if the format lets them be so many.
-        num_warps: Of a program.
-        num_stages: Tiles that are read ahead, and the one that is multiplied.
-    """
-
-    outputs: int
-    inputs: int
-    num_warps: int
-    num_stages: int
-
-    def fitting(self, matrix: Matrix, matrices: int, rows: int, memory_bytes: int) -> Cut:
-        """Return a cut that takes no more shared memory: fewer tiles ahead, then fewer outputs.
-
-        Tiles ahead lie there as they are packed, as do the activations' of the one in use; what
-        was taken apart passes through, unless it is bfloat16 already; and so do results, in part.
-        """
-        cut = self
-        while True:
-            inputs = matrix_tile(matrix, cut.inputs).inputs(matrix)
-            taken_apart = 0 if matrix.values_per_word == 2 else 2 * cut.outputs * inputs
-            activations = 2 * rows * inputs
-            words = matrices * 4 * cut.outputs * inputs // matrix.values_per_word
-            tiles = (cut.num_stages - 1) * (words + activations) + taken_apart + activations
-            if max(tiles, 4 * cut.outputs * rows) <= memory_bytes:
-                return cut
-            if cut.num_stages > 2:
-                cut = cut._replace(num_stages=cut.num_stages - 1)
-            elif cut.outputs > 16 * cut.num_warps:
-                cut = cut._replace(outputs=cut.outputs // 2)
-            elif cut.num_stages > 1:
-                cut = cut._replace(num_stages=1)
-            else:
-                return cut
-
-
-class Plan(NamedTuple):
-    """How a call is cut.
-
-    Attributes:
-        rows: Rows of a block, which a matrix unit multiplies at once.
-        is_planned: Whether blocks are runs of one expert's pairs, and not pairs.
-        gate_up: The first product.
-        down: The second one.
-    """
-
-    rows: int
-    is_planned: bool
-    gate_up: Cut
-    down: Cut
-
-
-def plan_of(pairs: int, top_k: int, num_experts: int, *, is_nvidia: bool) -> Plan:
-    """Choose by how many pairs an expert has on average.
-
-    For NVIDIA as measured on an H100; for others, on which nothing was measured, so that no
-    register is spilled: docs/decisions/0017.
-    """
-    is_planned = not suits_few(pairs, top_k, num_experts)
-    average = pairs / num_experts
-    if INTERPRETED.value:  # which pays by the program
-        cut = Cut(256, 64, 4, 1)
-        return Plan(16, is_planned, cut, cut)
-    if not is_nvidia:
-        if not is_planned or average <= 32:
-            cut = Cut(64, 128, 4, 2)
-            return Plan(16 if average <= 16 else 32, is_planned, cut, cut)
-        cut = Cut(64, 64, 8, 2)
-        return Plan(64, is_planned, cut, cut)
-    if not is_planned:  # as many programs as there can be: nothing else keeps memory busy
-        cut = Cut(16, 128, 1, 4)
-        return Plan(16, is_planned, cut, cut)
-    if average <= 8:
-        cut = Cut(64, 128, 4, 4)
-        return Plan(16, is_planned, cut, cut)
-    if average <= 64:
-        cut = Cut(64, 64, 4, 3)
-        return Plan(32 if average <= 16 else 64, is_planned, cut, cut)
-    return Plan(128, is_planned, Cut(64, 64, 4, 3), Cut(256, 64, 8, 4))
-
-
 def compute(
     layer: Layer, call: Call, precision: ActivationPrecision, *, is_few: bool | None = None
 ) -> None:
@@ -151,7 +69,7 @@ def compute(
         layer: The experts.
         call: The arguments.
         precision: ``BF16``, for hidden states that are bfloat16 already, or ``FLOAT32``.
-        is_few: Whether blocks are to be pairs; None for what suits.
+        is_few: Whether pairs are to be computed one by one; None for what suits.
     """
     is_bf16 = precision is ActivationPrecision.BF16
     assert not is_bf16 or call.hidden.dtype is torch.bfloat16
@@ -164,22 +82,34 @@ def compute(
         for first in range(0, tokens, turn):
             part = call.turn(slice(first, first + turn))
             pairs = part.expert_ids.numel()
-            plan = plan_of(pairs, top_k, layer.spec.num_experts, is_nvidia=is_nvidia(where))
-            if is_few is not None:
-                plan = plan._replace(is_planned=not is_few)
+            plan = plan_of(layer, pairs, top_k, is_nvidia=is_nvidia(where), is_few=is_few)
             new = part.hidden.new_empty
             inner = new((pairs, inner_stride), dtype=torch.bfloat16 if is_bf16 else torch.float32)
             outputs = new((pairs, layer.down.outputs), dtype=torch.float32)
-            _multiply(layer, part, inner, outputs, plan)
+            if plan.streams:
+                _stream(layer, part, inner, outputs)
+            else:
+                _multiply(layer, part, inner, outputs, plan)
             _combine(layer, part, outputs)
 
 
-def suits_few(pairs: int, top_k: int, num_experts: int) -> bool:
-    """Return whether so few pairs share an expert that reading it for each costs little.
-
-    With ``num_experts / 2`` pairs at random, some 1.27 of them for each expert that has one.
-    """
-    return pairs <= max(top_k, num_experts // 2)
+def _stream(layer: Layer, call: Call, inner: torch.Tensor, outputs: torch.Tensor) -> None:
+    """Both products of every pair, each by itself."""
+    spec, pairs = layer.spec, len(inner)
+    up, down = streaming_tile(layer.up), streaming_tile(layer.down)
+    gate_up_few[(triton.cdiv(layer.up.outputs, _STREAM_OUTPUTS), pairs)](
+        call.hidden, call.expert_ids, call.table, inner,
+        GATE=layer.gate, UP=layer.up, ACTIVATION=spec.activation, GATE_BIAS=layer.gate_bias,
+        UP_BIAS=layer.up_bias, NUM_EXPERTS=spec.num_experts, TOP_K=call.expert_ids.shape[1],
+        INNER_STRIDE=inner.stride(0), OUTPUTS=_STREAM_OUTPUTS,
+        STEP_GROUPS=up.step_groups, GROUP_ROWS=up.group_rows, num_warps=4, **_OPTIONS,
+    )  # fmt: skip
+    down_few[(triton.cdiv(layer.down.outputs, _STREAM_OUTPUTS), pairs)](
+        inner, call.expert_ids, call.table, outputs,
+        DOWN=layer.down, DOWN_BIAS=layer.down_bias, NUM_EXPERTS=spec.num_experts,
+        INNER_STRIDE=inner.stride(0), OUTPUTS=_STREAM_OUTPUTS,
+        STEP_GROUPS=down.step_groups, GROUP_ROWS=down.group_rows, num_warps=4, **_OPTIONS,
+    )  # fmt: skip
 
 
 def _multiply(

@@ -66,6 +66,15 @@ class Layer:
         )
 
 
+def streaming_tile(matrix: Matrix, rows: int = 64) -> Tile:
+    """Return a tile of about ``rows`` rows, for sums in float32: any number of groups."""
+    if matrix.is_grouped:
+        group_rows = matrix.group // matrix.values_per_word
+        groups = matrix.padded_inputs // matrix.group
+        return Tile(_power_of_two(min(groups, max(1, rows // group_rows))), group_rows)
+    return Tile(1, _power_of_two(min(rows, matrix.padded_inputs // matrix.values_per_word)))
+
+
 def matrix_tile(matrix: Matrix, inputs: int = COLUMN_PAD) -> Tile:
     """Return a tile of ``inputs``, or the part of a group, or groups, that come nearest below.
 
@@ -82,3 +91,8 @@ def matrix_tile(matrix: Matrix, inputs: int = COLUMN_PAD) -> Tile:
     if in_group >= wanted or matrix.scales_sums:
         return Tile(1, min(wanted, in_group))
     return Tile(wanted // in_group, in_group)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not greater."""
+    return 1 << (number.bit_length() - 1)

@@ -43,7 +43,7 @@ SHARED_BYTES = {
     "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
     "gfx942": 64 << 10, "gfx950": 160 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10,
 }  # fmt: skip
-KERNELS = ("plan_blocks", "gate_up", "down", "combine")
+KERNELS = ("plan_blocks", "gate_up_few", "down_few", "gate_up", "down", "combine")
 SHAPE = MoeSpec(num_experts=128, hidden_size=2048, intermediate_size=768)  # Qwen3-30B-A3B
 TOP_K = 8
 

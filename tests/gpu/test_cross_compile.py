@@ -41,9 +41,10 @@ SMALL_TILES = {
     for f in BUILT_IN_FORMATS
     if f.descriptor.group_size in {16, 32} and f.descriptor.element in {Element.INT4, Element.INT8}
 } | {"float32"}
+BF16 = {"bf16", "activations"}  # the words whose experts are bfloat16
 PRODUCTS = {"gate_up", "down"}
-OF_FEW = PRODUCTS | {"combine"}
-OF_MANY = OF_FEW | {"plan_blocks"}
+OF_FEW = {"gate_up_few", "down_few", "combine"}
+OF_MANY = PRODUCTS | {"plan_blocks", "combine"}
 
 
 def compile_for(target: str, words: Sequence[str], cache: Path) -> dict[str, list[dict[str, Any]]]:
@@ -65,7 +66,8 @@ def compile_for(target: str, words: Sequence[str], cache: Path) -> dict[str, lis
 def check(target: str, words: Sequence[str], cache: Path) -> None:
     """Compile the calls for few and for many tokens, and look at what became of them."""
     for word, kernels in compile_for(target, words, cache).items():
-        wanted = OF_FEW if word == "activations" else OF_MANY
+        few = PRODUCTS | {"combine"} if word in BF16 and target.startswith("sm_") else OF_FEW
+        wanted = few if word == "activations" else few | OF_MANY
         assert {kernel["kernel"] for kernel in kernels} == wanted, word
         for kernel in kernels:
             assert kernel["binary_bytes"] > 0
@@ -74,7 +76,7 @@ def check(target: str, words: Sequence[str], cache: Path) -> None:
                 assert kernel["spilled_registers"] in {0, None}, f"{kernel} spills"
             is_product = kernel["kernel"] in PRODUCTS
             assert (kernel["matrix_unit"] is not None) == is_product, kernel
-            if is_product and word not in SMALL_TILES:
+            if kernel["kernel"].endswith("_few") or (is_product and word not in SMALL_TILES):
                 assert kernel["has_wide_loads"], f"{kernel} reads weights in pieces"
 
 
