@@ -72,7 +72,7 @@ class CudaBackend(TritonBackend):
 
 
 def _doorbell(device: torch.device) -> HostFunctions:
-    from kt_core.hardware.doorbell import DoorbellHostFunctions
+    from kt_core.accelerator.doorbell import DoorbellHostFunctions
     from kt_cuda.stream_memory import CudaStreamMemory
 
     return DoorbellHostFunctions(CudaStreamMemory(DRIVER), device)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
+from kt_core.accelerator.doorbell import StreamMemory
 from kt_core.errors import DeviceError
-from kt_core.hardware.doorbell import StreamMemory
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 ``TorchBackend`` lists devices and opens them. ``packed_kernel`` holds packed experts on one and
 leaves only the computation to be written; ``converted_kernel`` is for operators that want another
-form. None of them knows a vendor.
+form; ``doorbell`` calls the host from a stream. None of them knows a vendor.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
+from kt_core.accelerator import doorbell
+from kt_core.accelerator.doorbell import DoorbellHostFunctions, StreamMemory
 from kt_core.errors import DeviceError
-from kt_core.hardware import doorbell
-from kt_core.hardware.doorbell import DoorbellHostFunctions, StreamMemory
 from kt_core.hardware.graphs import capture
 from kt_core.interfaces import ExpertDevice
 from kt_core.moe.host_lane import PinnedBuffers
