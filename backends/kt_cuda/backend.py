@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from typing import TYPE_CHECKING
 
 from kt_core.errors import DeviceError
 from kt_core.interfaces import HostFunctions
 from kt_core.types import DeviceInfo
 from kt_triton.backend import TritonBackend, hidden_by
-
-if TYPE_CHECKING:
-    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +56,7 @@ class CudaBackend(TritonBackend):
             f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or later; choose another"
         )
 
-    def host_functions(self, device: torch.device) -> HostFunctions:
+    def host_functions(self, device: DeviceInfo) -> HostFunctions:
         """See ``TorchBackend.host_functions``: by a doorbell, or else as the runtime does it."""
         from kt_core.hardware.runtime_library import RuntimeHostFunctions
 
@@ -71,11 +67,13 @@ class CudaBackend(TritonBackend):
         return RuntimeHostFunctions("cudaLaunchHostFunc", ["libcudart.so.13", "libcudart.so.12"])
 
 
-def _doorbell(device: torch.device) -> HostFunctions:
+def _doorbell(device: DeviceInfo) -> HostFunctions:
+    import torch
+
     from kt_core.accelerator.doorbell import DoorbellHostFunctions
     from kt_cuda.stream_memory import CudaStreamMemory
 
-    return DoorbellHostFunctions(CudaStreamMemory(DRIVER), device)
+    return DoorbellHostFunctions(CudaStreamMemory(DRIVER), torch.device(device.torch_device))
 
 
 def _loads(library: str) -> bool:

@@ -27,9 +27,13 @@ class CudaStreamMemory(StreamMemory):
         """Find the functions in the driver's library, which torch has loaded.
 
         Raises:
-            DeviceError: The driver is too old to have them.
+            DeviceError: There is no driver, or it is too old to have them.
         """
-        library = ctypes.CDLL(driver)
+        try:
+            library = ctypes.CDLL(driver)
+        except OSError as error:
+            msg = f"{driver} cannot be loaded: {error}"
+            raise DeviceError(msg) from error
         self._write = _function(library, _WRITE)
         self._wait = _function(library, _WAIT)
 
@@ -48,7 +52,7 @@ class CudaStreamMemory(StreamMemory):
         if code != 0:
             msg = (
                 f"{function.__name__} refused on {stream.device}: code {code} of "
-                f"cudaError_enum; the device may be lost, or a graph's capture invalid"
+                f"CUresult; the device may be lost, or a graph's capture invalid"
             )
             raise DeviceError(msg)
 

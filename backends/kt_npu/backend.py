@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kt_core.accelerator import TorchBackend
 from kt_core.errors import UnsupportedFormatError
 from kt_core.interfaces import HostFunctions
-from kt_core.types import ActivationPrecision, Capabilities, Format, MoeSpec
+from kt_core.types import ActivationPrecision, Capabilities, DeviceInfo, Format, MoeSpec
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ class NpuBackend(TorchBackend):
             raise UnsupportedFormatError(why)
         return NpuExpertKernel(device, spec, weight_format, precision)
 
-    def host_functions(self, device: torch.device) -> HostFunctions:
+    def host_functions(self, device: DeviceInfo) -> HostFunctions:
         """See ``TorchBackend.host_functions``."""
         del device
         from kt_core.hardware.runtime_library import RuntimeHostFunctions

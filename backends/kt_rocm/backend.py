@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kt_core.interfaces import HostFunctions
 from kt_core.types import DeviceInfo
 from kt_triton.backend import TritonBackend, hidden_by
-
-if TYPE_CHECKING:
-    import torch
 
 # Linux makes it when the driver, amdgpu, is loaded; whoever computes opens it.
 DRIVER_FILE = Path("/dev/kfd")
@@ -55,7 +51,7 @@ class RocmBackend(TritonBackend):
             "choose another device"
         )
 
-    def host_functions(self, device: torch.device) -> HostFunctions:
+    def host_functions(self, device: DeviceInfo) -> HostFunctions:
         """See ``TorchBackend.host_functions``."""
         del device
         from kt_core.hardware.runtime_library import RuntimeHostFunctions

@@ -52,7 +52,7 @@ class TorchBackend(Backend):
     ) -> ExpertKernel:
         """Make a kernel; format and precision have been checked."""
 
-    def host_functions(self, device: torch.device) -> HostFunctions | None:
+    def host_functions(self, device: DeviceInfo) -> HostFunctions | None:
         """Return what calls host functions in stream order; None where there is no such call.
 
         Args:
@@ -116,15 +116,12 @@ class TorchExpertDevice(ExpertDevice):
 
     def __init__(self, backend: TorchBackend, info: DeviceInfo) -> None:
         """Take a device of the backend."""
-        import torch
-
         self.info = info
         self.capabilities = backend.capabilities(info.name)
         self._backend = backend
         self._is_closed = False
-        device = torch.device(info.torch_device)
         try:
-            self.host_functions: HostFunctions | None = backend.host_functions(device)
+            self.host_functions: HostFunctions | None = backend.host_functions(info)
         except DeviceError as error:
             _log.warning(
                 "%s: experts on the host will be waited for, which is slower (%s)", info.name, error

@@ -162,7 +162,7 @@ def test_each_device_holds_what_it_has_room_for(
     monkeypatch.setattr(
         accelerators,
         "computing_bytes",
-        lambda *_: {"dense_weights": memory - card_reserve_bytes(memory) - room},
+        lambda *_, **__: {"dense_weights": memory - card_reserve_bytes(memory) - room},
     )
     with kt_core.load(STORIES, device="sim:0,1", **options) as engine:
         assert engine.accelerators is not None

@@ -13,11 +13,11 @@ import torch
 from kt_core import hardware, plugins
 from kt_core.accelerator import TorchBackend
 from kt_core.errors import BackendUnavailableError, DeviceError, UnsupportedFormatError
-from kt_core.hardware import Accelerator
+from kt_core.hardware import Accelerator, runtime_library
 from kt_core.interfaces import Backend
 from kt_core.quant import BUILT_IN_FORMATS
-from kt_core.types import ActivationPrecision, MoeSpec
-from kt_cuda import CudaBackend
+from kt_core.types import ActivationPrecision, DeviceInfo, MoeSpec
+from kt_cuda import CudaBackend, stream_memory
 from kt_npu import NpuBackend
 from kt_rocm import RocmBackend
 from kt_xpu import XpuBackend
@@ -158,7 +158,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 def test_devices(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are torch's, under the backend's name; opening one says what it lacks."""
-    monkeypatch.setattr(backend.__class__, "host_functions", lambda self: None)
+    monkeypatch.setattr(backend.__class__, "host_functions", lambda self, device: None)
     devices = backend.devices()
     assert [device.name for device in devices] == [f"{backend.name}:{i}" for i in (0, 1)]
     assert {d.torch_device.partition(":")[0] for d in devices} == {backend.device_type}
@@ -191,13 +191,56 @@ def test_no_host_functions(
 ) -> None:
     """A runtime without them is told of, and the device can be used."""
 
-    def missing(self: Any) -> None:
+    def missing(self: Any, device: DeviceInfo) -> None:
         msg = "cudaLaunchHostFunc is nowhere"
         raise DeviceError(msg)
 
     monkeypatch.setattr(CudaBackend, "host_functions", missing)
     assert CudaBackend().open("cuda:0").host_functions is None
     assert "cudaLaunchHostFunc is nowhere" in caplog.text
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_cuda_rings_a_doorbell_or_else_asks_its_runtime(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which of the two it is, is in the log of those who want to know."""
+    runtime = object()
+    monkeypatch.setattr(runtime_library, "RuntimeHostFunctions", lambda *_: runtime)
+    monkeypatch.setattr("kt_cuda.backend.DRIVER", "libc.so.6")
+    caplog.set_level("INFO", "kt_cuda")
+    assert CudaBackend().host_functions(CudaBackend().devices()[0]) is runtime
+    assert "NVIDIA's driver has no cuStreamWriteValue32_v2" in caplog.text
+    monkeypatch.setattr("kt_cuda.backend.DRIVER", "libnobody.so")
+    assert CudaBackend().host_functions(CudaBackend().devices()[0]) is runtime
+    assert "libnobody.so cannot be loaded" in caplog.text
+    monkeypatch.setattr("kt_cuda.backend._doorbell", lambda device: device.torch_device)
+    assert CudaBackend().host_functions(CudaBackend().devices()[1]) == "cuda:1"
+
+
+def test_what_a_stream_of_cuda_does_to_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded calls: the driver's two functions, with their flags, and an error's code."""
+    calls: list[tuple[Any, ...]] = []
+
+    def function(_: Any, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            calls.append((name, *arguments))
+            return 700 if arguments[2] == 9 else 0
+
+        call.__name__ = name
+        return call
+
+    monkeypatch.setattr(stream_memory, "_function", function)
+    memory = stream_memory.CudaStreamMemory("libc.so.6")
+    stream: Any = SimpleNamespace(native_handle=5, device="cuda:0")
+    memory.write(stream, 4096, 0)
+    memory.wait(stream, 4100, 3)
+    assert calls == [
+        ("cuStreamWriteValue32_v2", 5, 4096, 0, 0),
+        ("cuStreamWaitValue32_v2", 5, 4100, 3, 1),
+    ]
+    with pytest.raises(DeviceError, match="cuStreamWriteValue32_v2 refused on cuda:0: code 700"):
+        memory.write(stream, 4096, 9)
 
 
 @pytest.mark.parametrize("backend", [XpuBackend(), NpuBackend()], ids=lambda b: b.name)
