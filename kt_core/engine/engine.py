@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -404,11 +405,13 @@ def _options(options: Mapping[str, Any]) -> GenerationOptions:
 
 
 def _events(tokens: TokenStream, text: TextStream) -> Iterator[TokenEvent]:
-    for token in tokens:
-        yield TokenEvent(token=token, text=text.push(token))
-        if text.is_stopped:
-            tokens.finish_reason = "stop"
-            break
+    # Closed by name: Python before 3.12.4 may keep it open when this generator is closed.
+    with contextlib.closing(iter(tokens)) as stream:
+        for token in stream:
+            yield TokenEvent(token=token, text=text.push(token))
+            if text.is_stopped:
+                tokens.finish_reason = "stop"
+                break
     rest = text.finish()
     reason = "stop" if text.is_stopped else tokens.finish_reason
     yield TokenEvent(token=None, text=rest, finish_reason=reason, timing=tokens.timing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -187,7 +187,7 @@ class TokenStream:
         self.finish_reason: FinishReason = "length"
         self.timing = Timing(prompt_tokens=len(self._prompt), new_tokens=0, ttft_s=0, decode_s=0)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Generator[int, None, None]:
         """Yield one token after the other, without the end token."""
         start = time.perf_counter()
         first_token_s = 0.0

@@ -6,6 +6,7 @@ vendor's module of torch had its own, with the same methods under the names that
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +22,13 @@ class Graph(Protocol):
         """Give its memory back."""
 
 
+@functools.cache
+def _stream_of(device: torch.device) -> torch.Stream:
+    return torch.Stream(device=device)
+
+
 class capture:  # used as torch's own context managers are
-    """Captures what the current thread puts into a stream of its own, until the block ends.
+    """Captures what the current thread puts into a stream beside its own, until the block ends.
 
     ``with capture(device) as graph: ...``; afterwards ``graph.replay()``. The device is waited for
     first. Other threads may go on: only this one's calls are checked.
@@ -32,9 +38,12 @@ class capture:  # used as torch's own context managers are
     """
 
     def __init__(self, device: torch.device, stream: torch.Stream | None = None) -> None:
-        """Capture into a stream, or into a new one."""
+        """Capture into a stream, or into the one that all captures of a device share.
+
+        A library that a stream uses may keep memory for it for good, as cuBLAS does.
+        """
         self._device = device
-        self._stream = stream or torch.Stream(device=device)
+        self._stream = stream or _stream_of(device)
         self.graph: Any = _new_graph(device)
 
     def __enter__(self) -> Graph:

@@ -24,8 +24,9 @@ from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.types import ActivationPrecision, MoeSpec
 from kt_sim import SimBackend
 from sim.host_calls import Note
+from sim.target import only_sim
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 
 SIM = "sim:0"
 SPEC = MoeSpec(num_experts=4, hidden_size=32, intermediate_size=32)

@@ -23,6 +23,7 @@ from kt_core.errors import (
 from kt_core.interfaces import RoutingStatistics
 from kt_core.moe.streamed_layers import StreamRates
 from kt_core.placement.statistics import load_statistics, save_statistics
+from sim import target
 from sim.target import NAME, WHERE
 
 pytestmark = pytest.mark.sim
@@ -51,6 +52,8 @@ def alone() -> Iterator[Engine]:
 
 
 def load(device: str = NAME, **options: Any) -> Engine:
+    if device in {f"{NAME}:1", f"{NAME}:0,1"} and len(target.BACKEND.devices()) < 2:
+        pytest.skip(f"there is one {NAME}")
     return kt_core.load(STORIES, device=device, precision="float32", **(EXACT | options))
 
 

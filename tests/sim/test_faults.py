@@ -16,8 +16,9 @@ from kt_core.errors import DeviceError
 from kt_core.interfaces import ExpertKernel, RoutingStatistics
 from kt_core.placement.statistics import load_statistics, save_statistics
 from kt_sim.native import NativeDevice
+from sim.target import only_sim
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 
 STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
 EXACT: dict[str, Any] = {

@@ -19,9 +19,10 @@ from kt_core.plan.hot_experts import card_reserve_bytes
 from kt_cpu.backend import CpuBackend
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
+from sim.target import only_sim
 from sim.test_hybrid_experts import SPEC, check, hybrid
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 
 STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
 # So that host and devices compute the same numbers, but for the order of sums.

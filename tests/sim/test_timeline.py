@@ -20,8 +20,9 @@ from kt_core.engine.profiler import LAUNCHES, STEPS, Profiler
 from kt_core.moe.timeline import Kind, Label, Span, Timeline
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
+from sim.target import only_sim
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, only_sim]
 
 STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
 PROMPT = "Once upon a time there was"
