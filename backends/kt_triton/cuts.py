@@ -24,20 +24,31 @@ class Cut(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def fitting(self, matrix: Matrix, matrices: int, rows: int, memory_bytes: int) -> Cut:
+    def fitting(
+        self, matrix: Matrix, *, matrices: int, rows: int, row_bytes: int, memory_bytes: int
+    ) -> Cut:
         """Return a cut that takes no more shared memory: fewer tiles ahead, then fewer outputs.
 
-        Tiles ahead lie there as they are packed, as do the activations' of the one in use; what
-        was taken apart passes through, unless it is bfloat16 already; and so do results, in part.
+        Tiles ahead lie there as they are packed, with their activations; of the one in use, what is
+        multiplied: activations, and weights that had to be taken apart. In the end results pass
+        through.
+
+        Args:
+            matrix: What is multiplied.
+            matrices: How many of the kind a program reads: gate and up are two.
+            rows: Of a block.
+            row_bytes: Of one activation.
+            memory_bytes: What a program may have.
         """
         cut = self
         while True:
             inputs = matrix_tile(matrix, cut.inputs).inputs(matrix)
-            taken_apart = 0 if matrix.values_per_word == 2 else 2 * cut.outputs * inputs
-            activations = 2 * rows * inputs
             words = matrices * 4 * cut.outputs * inputs // matrix.values_per_word
-            tiles = (cut.num_stages - 1) * (words + activations) + taken_apart + activations
-            if max(tiles, 4 * cut.outputs * rows) <= memory_bytes:
+            ahead = (cut.num_stages - 1) * (words + row_bytes * rows * inputs)
+            in_use = 2 * rows * inputs
+            if matrix.values_per_word > 2:
+                in_use += 2 * cut.outputs * inputs
+            if max(ahead + in_use, 4 * cut.outputs * rows) <= memory_bytes:
                 return cut
             if cut.num_stages > 2:
                 cut = cut._replace(num_stages=cut.num_stages - 1)
@@ -86,21 +97,33 @@ def plan_of(layer: Layer, pairs: int, top_k: int, *, is_nvidia: bool, is_few: bo
     is_bf16 = layer.up.element == "bf16"
     if INTERPRETED.value:  # which pays by the program
         cut = Cut(256, 64, 4, 1)
-        return Plan(16, not few, few and not is_bf16, cut, cut)
+        return Plan(16, is_planned=not few, streams=few and not is_bf16, gate_up=cut, down=cut)
     if few:  # as many programs as there can be: nothing else keeps memory busy
         cut = Cut(16, 128, 1, 4)
-        return Plan(16, False, not (is_bf16 and is_nvidia), cut, cut)
-    if not is_nvidia:
-        cut = Cut(64, 128, 4, 2) if average <= 32 else Cut(64, 64, 8, 2)
-        rows = 16 if average <= 16 else 32
-        return Plan(rows if average <= 32 else 64, True, False, cut, cut)
+        streams = not (is_bf16 and is_nvidia)
+        return Plan(16, is_planned=False, streams=streams, gate_up=cut, down=cut)
+    rows, gate_up, down = _of_nvidia(average) if is_nvidia else _of_others(average)
+    return Plan(rows, is_planned=True, streams=False, gate_up=gate_up, down=down)
+
+
+def _of_nvidia(average: float) -> tuple[int, Cut, Cut]:
+    """Return rows and cuts for so many pairs of an expert."""
     if average <= 8:
         cut = Cut(64, 128, 4, 4)
-        return Plan(16, True, False, cut, cut)
+        return 16, cut, cut
     if average <= 64:
         cut = Cut(64, 64, 4, 3)
-        return Plan(32 if average <= 16 else 64, True, False, cut, cut)
-    return Plan(128, True, False, Cut(64, 64, 4, 3), Cut(256, 64, 8, 4))
+        return 32 if average <= 16 else 64, cut, cut
+    return 128, Cut(64, 64, 4, 3), Cut(256, 64, 8, 4)
+
+
+def _of_others(average: float) -> tuple[int, Cut, Cut]:
+    """As ``_of_nvidia``."""
+    if average <= 32:
+        cut = Cut(64, 128, 4, 2)
+        return 16 if average <= 16 else 32, cut, cut
+    cut = Cut(64, 64, 8, 2)
+    return 64, cut, cut
 
 
 def suits_few(pairs: int, top_k: int, num_experts: int) -> bool:

@@ -132,9 +132,10 @@ def _multiply(
         "NUM_EXPERTS": spec.num_experts, "INNER_STRIDE": inner.stride(0), "ROWS": plan.rows,
         "IS_PLANNED": plan.is_planned, **_OPTIONS,
     }  # fmt: skip
-    memory_bytes = shared_memory_bytes(call.table.device)
-    matrices = 1 if layer.gate is None else 2
-    cut = plan.gate_up.fitting(layer.up, matrices, plan.rows, memory_bytes)
+    room = {"rows": plan.rows, "memory_bytes": shared_memory_bytes(call.table.device)}
+    cut = plan.gate_up.fitting(
+        layer.up, matrices=1 if layer.gate is None else 2, row_bytes=call.hidden.itemsize, **room
+    )
     tile = matrix_tile(layer.up, cut.inputs)
     gate_up[(num_blocks, triton.cdiv(layer.up.outputs, cut.outputs))](
         call.hidden, ids, order, blocks, num_blocks, call.table, inner,
@@ -143,7 +144,7 @@ def _multiply(
         OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows,
         num_warps=cut.num_warps, num_stages=cut.num_stages, **shared,
     )  # fmt: skip
-    cut = plan.down.fitting(layer.down, 1, plan.rows, memory_bytes)
+    cut = plan.down.fitting(layer.down, matrices=1, row_bytes=inner.itemsize, **room)
     tile = matrix_tile(layer.down, cut.inputs)
     down[(num_blocks, triton.cdiv(layer.down.outputs, cut.outputs))](
         inner, ids, order, blocks, num_blocks, call.table, outputs,
