@@ -13,6 +13,7 @@ import torch
 
 from kt_core import plugins
 from kt_core.interfaces import Backend, ExpertDevice, HostFunctions
+from kt_core.moe.streamed_layers import StreamedLayers, StreamRates
 from kt_core.testing.backend_harness import Pairs
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
@@ -60,3 +61,9 @@ def configure(device: NativeDevice | None, machine: str) -> None:
 def stream() -> torch.Stream:
     """Make a stream of the device."""
     return torch.Stream(device=WHERE)
+
+
+def stream_from_a_pair_for_each_expert_on(streamed: StreamedLayers) -> None:
+    """Have calls of so many pairs stream their layer, whatever this machine was measured to do."""
+    size = streamed.host_of_most().bytes_per_expert
+    streamed.rates = StreamRates(link_bytes_per_s=size, host_pairs_per_s=1)

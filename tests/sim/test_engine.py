@@ -21,7 +21,6 @@ from kt_core.errors import (
     UnsupportedDenseError,
 )
 from kt_core.interfaces import RoutingStatistics
-from kt_core.moe.streamed_layers import StreamRates
 from kt_core.placement.statistics import load_statistics, save_statistics
 from sim import target
 from sim.target import NAME, WHERE
@@ -131,9 +130,7 @@ def test_a_long_prompt_goes_through_the_accelerator(alone: Engine) -> None:
     want = alone.generate(prompt, **GREEDY)
     with load(hot_experts="20%") as engine:
         assert engine.accelerators is not None
-        streamed = engine.accelerators.hybrid.streamed
-        size = streamed.host_of_most().bytes_per_expert
-        streamed.rates = StreamRates(link_bytes_per_s=size, host_pairs_per_s=1)
+        target.stream_from_a_pair_for_each_expert_on(engine.accelerators.hybrid.streamed)
         assert engine.generate(prompt, **GREEDY).token_ids == want.token_ids
         stats = engine.stats().accelerators
     assert stats is not None

@@ -20,6 +20,7 @@ from kt_core.engine.profiler import LAUNCHES, STEPS, Profiler
 from kt_core.moe.timeline import Kind, Label, Span, Timeline
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
+from sim import target
 from sim.target import only_sim
 
 pytestmark = [pytest.mark.sim, only_sim]
@@ -211,9 +212,10 @@ def test_moves_and_streamed_layers_are_there() -> None:
         assert spans_of(profiler, Kind.MOVE)
     with kt_core.load(STORIES, device="sim", format="bf16", hot_experts="25%") as engine:
         assert engine.accelerators is not None
+        streamed = engine.accelerators.hybrid.streamed
+        target.stream_from_a_pair_for_each_expert_on(streamed)
         with Profiler(engine) as profiler:
             engine.generate("The little dog ran to the tree. " * 16, **GREEDY)
-        streamed = engine.accelerators.hybrid.streamed
         assert len(spans_of(profiler, Kind.STREAMED)) == (
             streamed.bytes_to_device // engine.kernels[0].bytes_per_expert
         )
