@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
@@ -343,7 +342,7 @@ class Engine:
             if loader.accelerators
             else {device.info.name: sum(site.spec.num_experts for site in sites)},
             accelerators=accelerator_stats(loader.accelerators) if loader.accelerators else None,
-            decode=replace(self.passes.counters),
+            decode=self.passes.stats(),
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
             dense_format=formats_name(dense.formats) if dense else "none",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,6 +195,13 @@ class ForwardPasses:
     def _forget_step(self) -> None:
         if self._accelerators is not None:
             self._accelerators.hybrid.forget_step()
+
+    def stats(self) -> DecodeCounters:
+        """Return what has happened; a copy. A model that is watched now is a reason, too."""
+        why = self.counters.why_eager
+        if why is None and self._is_watched:
+            why = "the model has hooks, which a graph would not call: --profile or somebody's own"
+        return replace(self.counters, why_eager=why)
 
     def _look_at_model(self) -> None:
         """Notice that somebody has changed the model, or watches it, since the last sequence.

@@ -189,6 +189,16 @@ def test_shared_experts_have_a_row(tmp_path: Path) -> None:
     assert len(spans_of(profiler, Kind.BESIDE)) == layers > 0
 
 
+def test_while_it_follows_nothing_is_replayed_and_stats_say_why() -> None:
+    with load() as engine:
+        profile_of(engine)
+        assert "has hooks" in (engine.stats().decode.why_eager or "")
+        engine.generate(PROMPT, **GREEDY)
+        decode = engine.stats().decode
+    assert decode.why_eager is None
+    assert decode.from_graphs > 0
+
+
 def test_two_devices_have_a_row_each() -> None:
     with load("sim:0,1") as engine:
         profiler = profile_of(engine)
