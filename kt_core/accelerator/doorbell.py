@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+import weakref
 from abc import ABC, abstractmethod
 
 import torch
@@ -65,16 +66,19 @@ class DoorbellHostFunctions(HostFunctions):
         self._device = device
         self._bells = torch.zeros(_BELLS * BELL_BYTES, dtype=torch.uint8, pin_memory=True)
         self._numbers: dict[int, int] = {}  # of bells, by the handles of streams
-        self._doorbell: Doorbell | None = Doorbell(self._bells.data_ptr(), _BELLS)
+        self._held = [Doorbell(self._bells.data_ptr(), _BELLS)]  # or nothing, once it is closed
+        # The thread must end before its words go: with this object, and at the interpreter's exit,
+        # before the vendor's runtime takes all pinned memory back.
+        weakref.finalize(self, self._held.clear)
         self._try()
 
     def launch(self, stream: torch.Stream, function: int, argument: int) -> None:
         """See ``HostFunctions.launch``."""
-        if self._doorbell is None:
+        if not self._held:
             msg = f"the doorbell of {self._device} is closed"
             raise DeviceError(msg)
         bell = self._bell_of(stream)
-        number = self._doorbell.number(function, argument)
+        number = self._held[0].number(function, argument)
         self._memory.write(stream, bell + _ANSWER, 0)
         self._memory.write(stream, bell, number)
         self._memory.wait(stream, bell + _ANSWER, number)
@@ -84,9 +88,9 @@ class DoorbellHostFunctions(HostFunctions):
 
         A graph that was captured with it must not be replayed any more: nobody would answer.
         """
-        if self._doorbell is not None:
+        if self._held:
             torch.accelerator.synchronize(self._device)
-            self._doorbell = None
+            self._held.clear()
 
     def _bell_of(self, stream: torch.Stream) -> int:
         handle = int(stream.native_handle)  # type: ignore[attr-defined]  # torch does not list it
@@ -120,7 +124,7 @@ class DoorbellHostFunctions(HostFunctions):
             return
         answer = ctypes.c_uint32.from_address(self._bell_of(stream) + _ANSWER)
         answer.value = 1  # the first number there is
-        self._doorbell = None
+        self._held.clear()
         what = "hears no answer" if calls else "does not ring"
         msg = f"{self._device} {what} through pinned memory, within {_PATIENCE_S:.0f} s"
         raise DeviceError(msg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,17 @@ def test_a_device_that_does_not_ring_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DeviceError, match="does not ring through pinned memory"):
         DoorbellHostFunctions(Words(is_deaf=True), torch.device(WHERE))
     torch.accelerator.synchronize()  # the stream was set free
+
+
+def test_the_thread_ends_with_whoever_started_it() -> None:
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = threads()
+    bell = DoorbellHostFunctions(Words(), torch.device(WHERE))
+    assert threads() == before + 1
+    del bell
+    assert threads() == before
 
 
 def test_closed(bell: DoorbellHostFunctions) -> None:
