@@ -18,7 +18,7 @@ import pytest
 
 from gpu.kernels import IS_INTERPRETED  # skips where there is no Triton
 from kt_core.quant import BUILT_IN_FORMATS
-from kt_core.types import Element
+from kt_core.types import ELEMENT_BITS, Element
 
 pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="a GPU is here to compile for")
 
@@ -35,12 +35,13 @@ KINDS = (
     "mxfp8", "mxfp4", "nvfp4",
 )  # fmt: skip
 NAMES = [f.descriptor.name for f in BUILT_IN_FORMATS]
-# A group of 16 or 32 that scales its sum is a tile by itself: less than 16 bytes for a thread.
-SMALL_TILES = {
-    f.descriptor.name
+# A group of integers that scales its sum is a tile by itself: with 16 or 32 of them, less than 16
+# bytes for a thread; with 64 of four bits, where a warp has 64 threads.
+SMALL_GROUPS = {
+    f.descriptor.name: f.descriptor.group_size * ELEMENT_BITS[f.descriptor.element]
     for f in BUILT_IN_FORMATS
-    if f.descriptor.group_size in {16, 32} and f.descriptor.element in {Element.INT4, Element.INT8}
-} | {"float32"}
+    if f.descriptor.group_size and f.descriptor.element in {Element.INT4, Element.INT8}
+} | {"float32": 32 * 4}
 BF16 = {"bf16", "activations"}  # the words whose experts are bfloat16
 PRODUCTS = {"gate_up", "down"}
 OF_FEW = {"gate_up_few", "down_few", "combine"}
@@ -76,7 +77,8 @@ def check(target: str, words: Sequence[str], cache: Path) -> None:
                 assert kernel["spilled_registers"] in {0, None}, f"{kernel} spills"
             is_product = kernel["kernel"] in PRODUCTS
             assert (kernel["matrix_unit"] is not None) == is_product, kernel
-            if kernel["kernel"].endswith("_few") or (is_product and word not in SMALL_TILES):
+            bits = SMALL_GROUPS.get(word, 1024) // (2 if target.startswith("gfx9") else 1)
+            if kernel["kernel"].endswith("_few") or (is_product and bits >= 256):
                 assert kernel["has_wide_loads"], f"{kernel} reads weights in pieces"
 
 
