@@ -5,9 +5,8 @@
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "runtime/pause.hpp"
 
 namespace kt::hardware {
 namespace {
@@ -21,14 +20,6 @@ constexpr auto kAwake = milliseconds(5);
 // Between looks: after that, and once nothing has come for a second.
 constexpr auto kNap = microseconds(20), kSleep = microseconds(1000);
 constexpr auto kIdle = milliseconds(1000);
-
-void Pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
 
 }  // namespace
 
@@ -51,6 +42,7 @@ uint32_t Doorbell::Number(Function function, void* argument) {
 
 void Doorbell::Listen() {
 #if defined(__linux__)
+  prctl(PR_SET_NAME, "kt-doorbell");
   prctl(PR_SET_TIMERSLACK, 1UL);  // else a nap of 20 us takes 70
 #endif
   Clock::time_point last = Clock::now();

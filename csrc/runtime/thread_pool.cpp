@@ -6,10 +6,7 @@
 #include <utility>
 
 #include "runtime/affinity.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "runtime/pause.hpp"
 
 namespace kt {
 namespace {
@@ -19,14 +16,6 @@ constexpr int kSpins = 500;
 
 // Between the calls of two layers, while tokens are generated: what an accelerator does meanwhile.
 constexpr auto kLinger = std::chrono::microseconds(1000);
-
-void Pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
 
 template <typename Value>
 void WaitFor(const std::atomic<Value>& value, Value wanted) {
@@ -68,7 +57,7 @@ void ThreadPool::Start() {
   workers_.reserve(threads.size() - 1);
   try {
     for (size_t i = 1; i < threads.size(); ++i) {
-      workers_.emplace_back([this, node = threads[i].node] { Work(node); });
+      workers_.emplace_back([this, node = threads[i].node] { Work(node, false); });
       if (threads[i].cpus.empty()) continue;
       const int error = PinThread(workers_.back(), threads[i].cpus);
       if (refusal_ == 0) refusal_ = error;
@@ -115,7 +104,7 @@ void ThreadPool::Submit(std::shared_ptr<Job> job) {
 void ThreadPool::StartStandIn() {
   std::call_once(stand_in_once_, [this] {
     const Topology::Thread& first = topology_.threads.front();
-    stand_in_ = std::thread([this, node = first.node] { StandIn(node); });
+    stand_in_ = std::thread([this, node = first.node] { Work(node, true); });
     const std::vector<int>& cpus =
         first.cpus.empty() ? topology_.nodes[first.node].cpus : first.cpus;
     // Where it may not be pinned it runs where the system likes, as the workers then do.
@@ -154,14 +143,18 @@ size_t ThreadPool::CallersNode() const {
   return at < node_of_cpu_.size() ? node_of_cpu_[at] : 0;
 }
 
-void ThreadPool::Work(size_t node) {
+// Takes part in every job, or, as the stand-in, in those that want one.
+void ThreadPool::Work(size_t node, bool is_stand_in) {
+  const auto is_wanted = [this, is_stand_in] {
+    return !jobs_.empty() && (!is_stand_in || jobs_.front()->is_unattended_);
+  };
   for (;;) {
     std::shared_ptr<Job> job;
     Linger();
     {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
-      if (jobs_.empty()) return;  // stop_
+      wake_.wait(lock, [&] { return stop_ || is_wanted(); });
+      if (!is_wanted()) return;  // stop_
       job = jobs_.front();
     }
     Participate(*job, node);
@@ -174,22 +167,6 @@ void ThreadPool::Linger() const {
   const auto end = std::chrono::steady_clock::now() + kLinger;
   while (queued_.load(std::memory_order_acquire) == 0 && std::chrono::steady_clock::now() < end)
     Pause();
-}
-
-// As a worker, but only for jobs that want one.
-void ThreadPool::StandIn(size_t node) {
-  const auto is_wanted = [this] { return !jobs_.empty() && jobs_.front()->is_unattended_; };
-  for (;;) {
-    std::shared_ptr<Job> job;
-    Linger();
-    {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return stop_ || is_wanted(); });
-      if (!is_wanted()) return;  // stop_
-      job = jobs_.front();
-    }
-    Participate(*job, node);
-  }
 }
 
 // Runs what chunks of the node are left; returns how many.

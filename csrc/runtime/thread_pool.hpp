@@ -79,8 +79,7 @@ class ThreadPool {
  private:
   void Start();
   void Stop();
-  void Work(size_t node);
-  void StandIn(size_t node);
+  void Work(size_t node, bool is_stand_in);
   void Linger() const;
   size_t CallersNode() const;
   size_t RunChunks(Job& job, size_t phase, size_t node);
