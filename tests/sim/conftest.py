@@ -6,7 +6,6 @@ accelerator until it ends. What does not need a simulated device can run on anot
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,17 +13,10 @@ import pytest
 import torch
 
 from kt_sim import build
-from kt_sim.settings import VARIABLE, parse
+from kt_sim.settings import parse
 
 if TYPE_CHECKING:
     from kt_sim.native import NativeDevice
-
-# Here, and not in a fixture: the contract suite asks for the devices while tests are collected.
-os.environ.setdefault(
-    VARIABLE,
-    "devices=2,memory_gib=0.25,link_gb_s=0,link_latency_us=0,memory_gb_s=0,"
-    "float32_tflops=0,float16_tflops=0",
-)
 
 from sim import target
 

@@ -13,18 +13,9 @@ from kt_core.engine import Engine, decode_cache
 from kt_core.engine.decode_step import DecodeStep
 from kt_core.engine.routing import recording
 from kt_sim.native import NativeDevice
+from sim.stories import PROMPT, alone, kept
 from sim.target import WHERE
-from sim.test_decode_graphs import (
-    GREEDY,
-    PROMPT,
-    TWO,
-    Steps,
-    alone,
-    check_logits,
-    kept,
-    load,
-    want,
-)
+from sim.test_decode_graphs import GREEDY, TWO, Steps, check_logits, load, want
 
 pytestmark = pytest.mark.sim
 __all__ = ["alone", "kept", "want"]

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import kt_core
-from kt_core.engine import Engine, accelerators, decode_cache, generation
+from kt_core.engine import Engine, decode_cache, generation
 from kt_core.interfaces import ExpertId, Swap
 from sim import target
+from sim.stories import EXACT, PROMPT, STORIES, TOLERANCE, alone, kept
 from sim.target import NAME
 
 pytestmark = pytest.mark.sim
+__all__ = ["alone", "kept"]
 
-STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
-PROMPT = "Once upon a time"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 24, "raw": True}
-# So that host and device compute the same numbers, but for the order of sums.
-EXACT: dict[str, Any] = {"format": "bf16", "threads": 1, "dtype": torch.float32}
-# As in test_engine: logits of two orders of float32 sums.
-TOLERANCE = 2**8 * 2**-24
 TWO = f"{NAME}:0,1"
-
-
-@pytest.fixture(autouse=True)
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where statistics are kept; there are none of earlier runs."""
-    file = tmp_path / "statistics.json"
-    monkeypatch.setattr(accelerators, "statistics_file", lambda directory: file)
-    return file
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Engine]:
-    with kt_core.load(STORIES, device="cpu", precision="float32", **EXACT) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +30,7 @@ def want(alone: Engine) -> tuple[int, ...]:
 def load(device: str = NAME, **options: Any) -> Engine:
     if device == TWO and len(target.BACKEND.devices()) < 2:
         pytest.skip(f"there is one {NAME}")
-    return kt_core.load(STORIES, device=device, precision="float32", **(EXACT | options))
+    return kt_core.load(STORIES, device=device, **(EXACT | options))
 
 
 class Steps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import kt_core
-from kt_core.engine import Engine, accelerators
+from kt_core.engine import Engine
 from kt_core.engine.deferral_effect import deferral_effects
 from kt_core.errors import (
     InvalidRequestError,
@@ -23,37 +22,19 @@ from kt_core.errors import (
 from kt_core.interfaces import RoutingStatistics
 from kt_core.placement.statistics import load_statistics, save_statistics
 from sim import target
+from sim.stories import EXACT, PROMPT, STORIES, TOLERANCE, alone, kept
 from sim.target import NAME, WHERE
 
 pytestmark = pytest.mark.sim
+__all__ = ["alone", "kept"]
 
-STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
-PROMPT = "Once upon a time"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 24, "raw": True}
-# So that host and device compute the same numbers, but for the order of sums.
-EXACT: dict[str, Any] = {"format": "bf16", "threads": 1, "dtype": torch.float32}
-# Logits of two orders of float32 sums; the model has some 2^8 of them one behind the other.
-TOLERANCE = 2**8 * 2**-24
-
-
-@pytest.fixture(autouse=True)
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where statistics are kept; there are none of earlier runs."""
-    file = tmp_path / "statistics.json"
-    monkeypatch.setattr(accelerators, "statistics_file", lambda directory: file)
-    return file
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Engine]:
-    with kt_core.load(STORIES, device="cpu", precision="float32", **EXACT) as engine:
-        yield engine
 
 
 def load(device: str = NAME, **options: Any) -> Engine:
     if device in {f"{NAME}:1", f"{NAME}:0,1"} and len(target.BACKEND.devices()) < 2:
         pytest.skip(f"there is one {NAME}")
-    return kt_core.load(STORIES, device=device, precision="float32", **(EXACT | options))
+    return kt_core.load(STORIES, device=device, **(EXACT | options))
 
 
 def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,32 +11,18 @@ import pytest
 import torch
 
 import kt_core
-from kt_core.engine import Engine, accelerators
+from kt_core.engine import Engine
 from kt_core.errors import DeviceError
 from kt_core.interfaces import ExpertKernel, RoutingStatistics
 from kt_core.placement.statistics import load_statistics, save_statistics
 from kt_sim.native import NativeDevice
+from sim.stories import EXACT, PROMPT, STORIES, kept
 from sim.target import only_sim
 
 pytestmark = [pytest.mark.sim, only_sim]
+__all__ = ["kept"]
 
-STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
-EXACT: dict[str, Any] = {
-    "format": "bf16",
-    "threads": 1,
-    "dtype": torch.float32,
-    "precision": "float32",
-}
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 60, "raw": True}
-PROMPT = "Once upon a time"
-
-
-@pytest.fixture(autouse=True)
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where statistics are kept; there are none of earlier runs."""
-    file = tmp_path / "statistics.json"
-    monkeypatch.setattr(accelerators, "statistics_file", lambda directory: file)
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,12 @@ from kt_core.plan.hot_experts import card_reserve_bytes
 from kt_cpu.backend import CpuBackend
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
+from sim.stories import EXACT, STORIES
 from sim.target import only_sim
 from sim.test_hybrid_experts import SPEC, check, hybrid
 
 pytestmark = [pytest.mark.sim, only_sim]
 
-STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
-# So that host and devices compute the same numbers, but for the order of sums.
-EXACT: dict[str, Any] = {
-    "format": "bf16",
-    "threads": 1,
-    "dtype": torch.float32,
-    "precision": "float32",
-}
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 80, "raw": True}
 PROMPTS = ("Once upon a time", "The little dog ran to the tree and", "Lily and Ben like to")
 

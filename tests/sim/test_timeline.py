@@ -21,11 +21,11 @@ from kt_core.moe.timeline import Kind, Label, Span, Timeline
 from kt_sim.native import NativeDevice
 from kt_sim.settings import parse
 from sim import target
+from sim.stories import STORIES
 from sim.target import only_sim
 
 pytestmark = [pytest.mark.sim, only_sim]
 
-STORIES = Path(__file__).parents[1] / "data" / "stories-moe"
 PROMPT = "Once upon a time there was"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4, "raw": True}
 LAYERS, TOKENS = 4, GREEDY["max_new_tokens"]
