@@ -66,6 +66,7 @@ class Compiled:
     spilled_registers: int | None
     binary_bytes: int
     shared_bytes: int
+    shared_limit_bytes: int
 
 
 class Recorder:
@@ -135,6 +136,7 @@ def compile_call(
             spilled_registers=int(spills.group(1)) if spills else None,
             binary_bytes=len(binary),
             shared_bytes=compiled.metadata.shared,
+            shared_limit_bytes=SHARED_BYTES[target],
         )
 
 
