@@ -20,13 +20,11 @@ from typing import TypeAlias
 from torch import nn
 from transformers import PreTrainedModel
 
+from kt_core.dense.worth import is_worth_packing
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.direct_reads import DirectReads
 from kt_core.interfaces import ExpertsSite
 from kt_core.types import Format, LinearSpec
-
-# What rounding a size of some hundred up to whole panels may add, where nothing else is saved.
-_MOST_GROWTH = 1.125
 
 LinearBytes: TypeAlias = Callable[[LinearSpec, Format], int]
 
@@ -77,26 +75,36 @@ def choose_dense(
         linear_bytes: What a layer takes when it is packed.
         weight_format: The format.
     """
+    return [
+        site
+        for site in packable(model, sites)
+        if is_worth_packing(
+            site.spec,
+            linear_bytes(replace(site.spec, has_bias=False), weight_format),
+            site.module.weight.element_size(),
+        )
+    ]
+
+
+def packable(model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> list[DenseSite]:
+    """Return the layers that can be packed, whether that makes them smaller or not.
+
+    Args:
+        model: As for ``choose_dense``.
+        sites: Its routed experts.
+    """
     deciding = {id(module) for module in _deciding(model, sites)}
     reads = DirectReads()
-    chosen = []
+    found = []
     for site in _linears(model, sites):
         is_read = any(
             reads.has(model.get_submodule(parent), leaf)
             for parent, _, leaf in (name.rpartition(".") for name in site.names)
         )
         is_precise = any(hook.kept_precise(model, name) for name in site.own_parameters)
-        is_kept = is_read or is_precise or _grows(site, linear_bytes, weight_format)
-        if id(site.module) not in deciding and not is_kept:
-            chosen.append(site)
-    return _without_owners_of_others(model, chosen)
-
-
-def _grows(site: DenseSite, linear_bytes: LinearBytes, weight_format: Format) -> bool:
-    """Whether the packed weight is larger than the one it replaces, by more than some padding."""
-    weight = site.module.weight
-    packed_bytes = linear_bytes(replace(site.spec, has_bias=False), weight_format)
-    return packed_bytes > _MOST_GROWTH * weight.numel() * weight.element_size()
+        if id(site.module) not in deciding and not is_read and not is_precise:
+            found.append(site)
+    return _without_owners_of_others(model, found)
 
 
 def _linears(model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> Iterator[DenseSite]:
@@ -153,7 +161,10 @@ def _deciding(model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> Iterator[
 
 
 def _without_owners_of_others(model: PreTrainedModel, chosen: list[DenseSite]) -> list[DenseSite]:
-    """Leave out layers whose weight another parameter shares that transformers still loads."""
+    """Leave out layers whose weight another parameter shares that transformers still loads.
+
+    Layers that share a weight have one shape, and are worth packing together or not at all.
+    """
     tied: dict[str, str] = dict(model.all_tied_weights_keys or {})
     while True:
         packed = {name for site in chosen for name in site.own_parameters}

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kt_core.engine.dense_choice import packable
 from kt_core.engine.forward_passes import context_length
 from kt_core.engine.meta_passes import Passes
 from kt_core.engine.model_files import (
@@ -37,8 +38,6 @@ from kt_core.plan import ExpertLayer, LinearLayers, ModelOutline
 from kt_core.plugins import Registry
 from kt_core.types import MoeSpec
 
-# A panel of packed weights; what has fewer outputs is a gate.
-_SMALLEST_OUTPUTS = 16
 _PARTS = (
     "embeddings", "output_head", "attention_and_dense_layers", "routers_and_shared_experts", "rest",
 )  # fmt: skip
@@ -190,22 +189,17 @@ def _layer_lists(sites: list[ExpertsSite]) -> tuple[str, ...]:
 
 
 def _linears(model: PreTrainedModel, sites: list[ExpertsSite]) -> tuple[LinearLayers, ...]:
-    """Linear layers that can be packed: no routers, nothing that shares its weight."""
-    layers = _layer_lists(sites)
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    routers = {site.spec.num_experts for site in sites}
-    tied = {id(p) for p in model.get_input_embeddings().parameters()}
-    shapes: Counter[tuple[int, int]] = Counter()
-    for name, module in model.named_modules():
-        is_wanted = type(module) is nn.Linear and (name.startswith(layers) or module is head)
-        if not is_wanted or id(module.weight) in tied:
-            continue
-        out_features, in_features = (int(size) for size in module.weight.shape)
-        if out_features >= _SMALLEST_OUTPUTS and out_features not in routers:
-            shapes[out_features, in_features] += 1
+    """Layers that loading would pack, if asked to; those that share a weight are one."""
+    layers = packable(model, sites)
+    packed = {name for site in layers for name in site.own_parameters}
+    distinct = {(site.weight, site.bias): site for site in layers}
+    alike = Counter(
+        (site.spec, site.module.weight.element_size(), site.weight not in packed)
+        for site in distinct.values()
+    )
     return tuple(
-        LinearLayers(out_features=out_features, in_features=in_features, count=count)
-        for (out_features, in_features), count in shapes.items()
+        LinearLayers(spec=spec, count=count, element_bytes=element_bytes, is_shared=is_shared)
+        for (spec, element_bytes, is_shared), count in alike.items()
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kt_core.types import Format, MoeSpec
+from kt_core.dense.worth import is_worth_packing
+from kt_core.packed import LinearLayout
+from kt_core.types import Format, LinearSpec, MoeSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,23 +36,37 @@ class LinearLayers:
     """Dense layers of one shape, which can be packed as experts are.
 
     Attributes:
-        out_features: Outputs.
-        in_features: Inputs.
+        spec: Their shape.
         count: How many there are.
+        element_bytes: Of an element, where they are not packed.
+        is_shared: Whether their weight is that of another module too, which keeps it: an output
+            head that is tied to the embeddings.
     """
 
-    out_features: int
-    in_features: int
+    spec: LinearSpec
     count: int
+    element_bytes: int
+    is_shared: bool = False
 
     @property
-    def weights(self) -> int:
-        """Elements of all their weights."""
-        return self.out_features * self.in_features * self.count
+    def weight_bytes(self) -> int:
+        """Bytes of all their weights, biases aside, where they are not packed."""
+        return self.count * self.spec.in_features * self.spec.out_features * self.element_bytes
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes that are gone once they are packed."""
+        biases = self.count * self.spec.out_features * self.element_bytes
+        return self.weight_bytes * (not self.is_shared) + biases * self.spec.has_bias
 
     def packed_bytes(self, weight_format: Format) -> int:
-        """Bytes of their weights in that format, without what a device pads them to."""
-        return round(self.weights * weight_format.bits_per_weight(self.in_features) / 8)
+        """Bytes of them in that format, padding and biases included."""
+        return self.count * LinearLayout.of(self.spec, weight_format).size_bytes
+
+    def are_worth_packing(self, weight_format: Format) -> bool:
+        """Whether they become smaller in that format; else they stay as they are."""
+        layout = LinearLayout.of(self.spec, weight_format)
+        return is_worth_packing(self.spec, layout.bias_offset, self.element_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +134,8 @@ class ModelOutline:
         dense_bytes: By part, everything but the routed experts.
         decode_read_bytes: Of ``dense_bytes``, what one new token reads.
         expert_layers: Layers with routed experts that have weights of their own.
-        linears: Linear layers of attention, dense MLPs and shared experts, and the output head.
+        linears: Layers that can be packed: of attention, dense MLPs and shared experts, and the
+            output head.
         cache: One entry per layer that keeps something.
         decode: One new token after ``d`` others: ``d`` pairs.
         prefill: ``n`` new tokens at once: ``n^2`` pairs.
@@ -161,14 +178,22 @@ class ModelOutline:
         """Bytes of the linear layers in a format; 0 where they stay as they are."""
         if dense_format is None:
             return 0
-        return sum(layers.packed_bytes(dense_format) for layers in self.linears)
+        return sum(layers.packed_bytes(dense_format) for layers in self._packed(dense_format))
 
     def saved_bytes(self, dense_format: Format | None) -> int:
         """Bytes by which packing the linear layers makes the model smaller."""
+        own = sum(layers.own_bytes for layers in self._packed(dense_format))
+        return own - self.packed_dense_bytes(dense_format)
+
+    def unpacked_read_bytes(self, dense_format: Format | None) -> int:
+        """Of ``decode_read_bytes``, what is not read as packed weights."""
+        replaced = sum(layers.weight_bytes for layers in self._packed(dense_format))
+        return self.decode_read_bytes - replaced
+
+    def _packed(self, dense_format: Format | None) -> list[LinearLayers]:
         if dense_format is None:
-            return 0
-        unpacked = self.dense_element_bytes * sum(layers.weights for layers in self.linears)
-        return unpacked - self.packed_dense_bytes(dense_format)
+            return []
+        return [layers for layers in self.linears if layers.are_worth_packing(dense_format)]
 
     def cache_bytes(self, tokens: int, *, keeps_all: bool = False) -> int:
         """Bytes of the cache of one sequence of that many tokens.

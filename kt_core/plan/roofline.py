@@ -149,7 +149,7 @@ def _dense(
     flops = work.token_flops * tokens + pair_flops * pairs
     moved = work.token_bytes * tokens + work.pair_bytes * pairs
     packed = outline.packed_dense_bytes(speed.dense_format)
-    weights = outline.decode_read_bytes - outline.saved_bytes(speed.dense_format) - packed
+    weights = outline.unpacked_read_bytes(speed.dense_format)
     if card:
         read = outline.cache_bytes(pairs if tokens == 1 else tokens)  # kernels hold the rest
         return _card_s(card, speed.card, weights + packed + read, flops), (

@@ -52,7 +52,8 @@ def training_memory(outline: ModelOutline, lora_rank: int, sequence_length: int)
         expert_features += spec.num_experts * features
         widest = max(widest, layer.top_k * (3 * spec.intermediate_size + 2 * spec.hidden_size))
     linear_features = sum(
-        layers.count * (layers.in_features + layers.out_features) for layers in outline.linears
+        layers.count * (layers.spec.in_features + layers.spec.out_features)
+        for layers in outline.linears
     )
     parameters = lora_rank * (expert_features + linear_features)
     between = outline.num_layers * outline.hidden_size * outline.dense_element_bytes

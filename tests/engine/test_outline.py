@@ -13,6 +13,7 @@ import kt_core
 import kt_models
 from engine.conftest import SaveTiny
 from kt_core import plugins
+from kt_core.dense.packed_linear import PackedLinear
 from kt_core.engine.model_files import config_from_dict, model_class, parse_config
 from kt_core.engine.outline import find_config, outline_model
 from kt_core.errors import CheckpointError, ModelSourceError, UnsupportedModelError
@@ -61,6 +62,21 @@ def test_outline_is_what_a_loaded_model_takes(
             with torch.no_grad():
                 cache = engine.model(input_ids=ids, use_cache=True).past_key_values
             assert outline.cache_bytes(tokens) == cache_bytes(cache)
+
+
+@pytest.mark.parametrize("dense_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("family", [*FAMILIES, "cohere2_moe", "kimi_k25"])
+def test_packed_dense_layers_are_what_a_loaded_model_takes(
+    family: str, dense_format: str, saved: SaveTiny, registry: Registry
+) -> None:
+    outline = outline_model(saved(family), registry)
+    with kt_core.load(saved(family), dense_format=dense_format, registry=registry) as engine:
+        stats = engine.stats()
+        packed = {id(m): m for m in engine.model.modules() if isinstance(m, PackedLinear)}
+    weight_format = registry.formats.get(dense_format).descriptor
+    assert outline.total_dense_bytes(weight_format) == stats.dense_bytes
+    sizes = [layer.kernel.size_bytes for layer in packed.values()]
+    assert outline.packed_dense_bytes(weight_format) == sum(sizes)
 
 
 @pytest.mark.parametrize(("family", "top_k"), [("qwen3_moe", 2), ("llama4", 2)])

@@ -30,11 +30,12 @@ from kt_core.plan.fitting import RESERVE_BYTES, first_that_fits, format_names
 from kt_core.plan.plot import check_plot, context_curves, draw, hot_curves
 from kt_core.plan.roofline import decode_times, prefill_times
 from kt_core.plan.units import gigabytes, parse_bytes, parse_bytes_per_s, parse_ops_per_s
-from kt_core.types import Element, Format, MoeSpec, ScaleType
+from kt_core.types import Element, Format, LinearSpec, MoeSpec, ScaleType
 
 BF16 = Format(name="bf16", element=Element.BF16)
 INT8 = Format(name="int8", element=Element.INT8, scale=ScaleType.FLOAT32)
 SPEC = MoeSpec(num_experts=8, hidden_size=1000, intermediate_size=100)  # 300,000 weights an expert
+LINEAR = LinearSpec(in_features=400, out_features=500)
 WORK = DenseWork(
     token_flops=2e6, pair_flops=0.0, attention_flops=0.0, attention_bytes=0.0, token_bytes=0.0,
     pair_bytes=0.0, threaded_calls=10, other_calls=100,
@@ -45,7 +46,7 @@ OUTLINE = ModelOutline(
     dense_dtype="bfloat16",
     dense_bytes={"embeddings": 200_000, "attention_and_dense_layers": 800_000},
     decode_read_bytes=800_000,
-    linears=(LinearLayers(out_features=500, in_features=400, count=2),),
+    linears=(LinearLayers(spec=LINEAR, count=2, element_bytes=2),),
     expert_layers=(ExpertLayer(spec=SPEC, top_k=2), ExpertLayer(spec=SPEC, top_k=2)),
     cache=(CacheLayer(fixed_bytes=0, token_bytes=100, late_fixed_bytes=0, late_token_bytes=100),),
     decode=WORK,
@@ -134,12 +135,29 @@ def test_expected_active_experts() -> None:
     assert layer.expected_active(10_000) == pytest.approx(8)
 
 
+PACKED = 512 * (448 + 4)  # whole panels and blocks; int8 codes and a float32 scale for each output
+
+
 def test_packing_linear_layers_saves_what_they_no_longer_take() -> None:
-    per_output = 400 + 4  # int8 codes and a float32 scale
-    assert OUTLINE.packed_dense_bytes(INT8) == 2 * 500 * per_output
-    assert OUTLINE.saved_bytes(INT8) == 2 * 500 * (800 - per_output)
-    assert OUTLINE.total_dense_bytes(INT8) == 1_000_000 - 2 * 500 * (800 - per_output)
+    assert OUTLINE.packed_dense_bytes(INT8) == 2 * PACKED
+    assert OUTLINE.saved_bytes(INT8) == 2 * (500 * 800 - PACKED)
+    assert OUTLINE.total_dense_bytes(INT8) == 1_000_000 - 2 * (500 * 800 - PACKED)
     assert OUTLINE.total_dense_bytes() == 1_000_000
+
+
+def test_a_tied_head_that_is_packed_takes_more_and_is_read_faster() -> None:
+    head = LinearLayers(spec=LINEAR, count=1, element_bytes=2, is_shared=True)
+    outline = replace(OUTLINE, linears=(head,))
+    assert outline.total_dense_bytes(INT8) == 1_000_000 + PACKED
+    assert outline.unpacked_read_bytes(INT8) == 800_000 - 500 * 800
+
+
+def test_layers_that_packing_makes_larger_stay() -> None:
+    thin = LinearLayers(spec=LinearSpec(in_features=8, out_features=500), count=1, element_bytes=2)
+    outline = replace(OUTLINE, linears=(thin,))
+    assert outline.packed_dense_bytes(INT8) == 0
+    assert outline.total_dense_bytes(INT8) == 1_000_000
+    assert outline.unpacked_read_bytes(INT8) == 800_000
 
 
 # ---------------------------------------------------------------- what fits
@@ -250,9 +268,9 @@ def test_attention_grows_with_the_context() -> None:
 
 def test_packed_dense_layers_are_read_as_experts_are() -> None:
     speed = planner().speed(Formats(experts=BF16, dense=INT8), 0.0)
-    packed = OUTLINE.packed_dense_bytes(INT8)
-    rest = 800_000 - OUTLINE.saved_bytes(INT8) - packed
-    assert decode_times(OUTLINE, speed, 1).dense_s == pytest.approx(rest / 8e9 + packed / 9e9)
+    read = replace(OUTLINE, decode_read_bytes=900_000)
+    expected = 100_000 / 8e9 + 2 * PACKED / 9e9
+    assert decode_times(read, speed, 1).dense_s == pytest.approx(expected)
 
 
 def test_a_prompt_is_bound_by_operations() -> None:
