@@ -207,7 +207,14 @@ void BindDevice(py::module_& m) {
       .def_property_readonly("pin_refusal",
                              [](const Device& d) { return Refusal(d.pool->refusal()); })
       .def_property_readonly("bind_refusal",
-                             [](const Device& d) { return Refusal(d.binder->refusal()); });
+                             [](const Device& d) { return Refusal(d.binder->refusal()); })
+      .def(
+          "usage",
+          [](const Device& d) {
+            const kt::ThreadPool::Usage usage = d.pool->usage();
+            return std::pair(usage.busy.count(), usage.awaited.count());
+          },
+          "Nanoseconds: there was work; a stream waited for it.");
 }
 
 void BindLayer(py::module_& m) {

@@ -322,6 +322,19 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostUsage:
+    """What the threads of a device have done since it was opened.
+
+    Attributes:
+        busy_s: Seconds in which there was work for them.
+        awaited_s: Seconds for which streams of accelerators stood still, waiting for it.
+    """
+
+    busy_s: float
+    awaited_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What no kernel can exceed on a device, as measured there: see ``ExpertDevice``.
 

@@ -16,6 +16,7 @@ from kt_core.types import (
     DeviceInfo,
     Element,
     Format,
+    HostUsage,
     Limits,
     LinearSpec,
     MoeSpec,
@@ -264,6 +265,14 @@ class CpuDevice(ExpertDevice):
             min(wanted, hardware.available_memory_bytes() // 4),
         )
         return Limits(read_bytes_per_s=read, int8_ops_per_s=int8, bf16_ops_per_s=bf16)
+
+    def usage(self) -> HostUsage:
+        """See ``ExpertDevice.usage``."""
+        if self._device is None:
+            msg = "the device is closed"
+            raise RuntimeError(msg)
+        busy, awaited = self._device.usage()
+        return HostUsage(busy_s=busy / 1e9, awaited_s=awaited / 1e9)
 
     def close(self) -> None:
         """Let the threads go; they end when the last kernel of this device does."""

@@ -11,6 +11,8 @@
 namespace kt {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // Between two phases the others are at most one chunk behind: spin for some 20 us, then sleep.
 constexpr int kSpins = 500;
 
@@ -92,9 +94,15 @@ std::shared_ptr<Job> ThreadPool::Front() {
   return jobs_.empty() ? nullptr : jobs_.front();
 }
 
+ThreadPool::Usage ThreadPool::usage() {
+  const std::lock_guard lock(mutex_);
+  return usage_;
+}
+
 void ThreadPool::Submit(std::shared_ptr<Job> job) {
   {
     const std::lock_guard lock(mutex_);
+    if (jobs_.empty()) began_ = Clock::now();
     jobs_.push_back(std::move(job));
     queued_.store(jobs_.size(), std::memory_order_release);
   }
@@ -120,7 +128,13 @@ void ThreadPool::SubmitUnattended(std::shared_ptr<Job> job) {
 }
 
 void ThreadPool::Wait(Job& job) {
-  if (job.is_unattended_) return WaitFor(job.finished_, true);
+  if (job.is_unattended_) {
+    const Clock::time_point called = Clock::now();
+    WaitFor(job.finished_, true);
+    const std::lock_guard lock(mutex_);
+    usage_.awaited += Clock::now() - called;
+    return;
+  }
   if (job.finished_.load(std::memory_order_acquire)) return;
   const size_t node = CallersNode();
   while (!job.finished_.load(std::memory_order_acquire)) {
@@ -164,9 +178,8 @@ void ThreadPool::Work(size_t node, bool is_stand_in) {
 // Returns when there is a job, or when it is time to sleep.
 void ThreadPool::Linger() const {
   if (!lingers_.load(std::memory_order_relaxed)) return;
-  const auto end = std::chrono::steady_clock::now() + kLinger;
-  while (queued_.load(std::memory_order_acquire) == 0 && std::chrono::steady_clock::now() < end)
-    Pause();
+  const auto end = Clock::now() + kLinger;
+  while (queued_.load(std::memory_order_acquire) == 0 && Clock::now() < end) Pause();
 }
 
 // Runs what chunks of the node are left; returns how many.
@@ -200,7 +213,9 @@ void ThreadPool::Retire(Job& job) {
   if (job.finished_.load(std::memory_order_relaxed)) return;
   if (!jobs_.empty() && jobs_.front().get() == &job) jobs_.pop_front();
   queued_.store(jobs_.size(), std::memory_order_release);
-  job.finished_at_ = std::chrono::steady_clock::now();
+  job.finished_at_ = Clock::now();
+  usage_.busy += job.finished_at_ - began_;
+  began_ = job.finished_at_;
   job.finished_.store(true, std::memory_order_release);
   if (job.is_unattended_) job.finished_.notify_all();
   if (!jobs_.empty() && jobs_.front()->is_unattended_) wake_.notify_all();  // the stand-in sleeps

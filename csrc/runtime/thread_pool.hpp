@@ -65,6 +65,13 @@ class ThreadPool {
   size_t threads() const { return workers_.size() + 1; }
   std::span<const size_t> threads_of_nodes() const { return threads_of_nodes_; }
   int refusal() const { return refusal_; }  // 0, or the errno of the first worker not pinned
+
+  // Since it was made: how long there was a job, and how long somebody waited for one that had a
+  // stand-in, which is how long an accelerator's stream stood still.
+  struct Usage {
+    std::chrono::nanoseconds busy, awaited;
+  };
+  Usage usage();
   // May be called from any thread, also while other jobs run. The job must not be shared by pools.
   void Submit(std::shared_ptr<Job> job);
   // As Submit, with the stand-in, which somebody has started: it runs where the thread that called
@@ -94,6 +101,8 @@ class ThreadPool {
   std::condition_variable wake_;  // a job came, or stop
   std::deque<std::shared_ptr<Job>> jobs_;
   std::atomic<size_t> queued_{0};  // of jobs_, for those that spin
+  Usage usage_{};                  // guarded by mutex_, as is when the first of jobs_ began
+  std::chrono::steady_clock::time_point began_;
   std::atomic<bool> lingers_{false};
   bool stop_ = false;
   std::vector<std::thread> workers_;

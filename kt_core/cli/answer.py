@@ -90,6 +90,30 @@ def loading(stats: EngineStats) -> str:
     )
 
 
+def at_work(stats: EngineStats) -> list[str]:
+    """Describe what host and accelerators have done together; nothing where there are none."""
+    if (done := stats.accelerators) is None:
+        return []
+    host, first = stats.device, done.devices[0]
+    host_s, idle_s = stats.time_by_device[host].experts_s, stats.time_by_device[first].idle_s
+    moved = (
+        f"{done.moved_experts} experts moved, {_megabytes(done.link_bytes_to_device)} to "
+        f"accelerators and {_megabytes(done.link_bytes_to_host)} back; {done.streamed_layers} "
+        f"layers streamed, {_megabytes(done.link_bytes_streamed)}"
+    )
+    if host_s is None or idle_s is None:
+        return [moved]
+    return [
+        f"of {stats.steps_s:.2f} s, {host} computed experts for {host_s:.2f} s, {first} waited "
+        f"for them {idle_s:.2f} s",
+        moved,
+    ]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
 def _beside(stats: EngineStats) -> str:
     """Name the accelerators, and the share of the experts' work that was theirs."""
     if stats.accelerators is None:

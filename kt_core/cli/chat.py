@@ -14,7 +14,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
-from kt_core.cli.answer import loading, show_waiting, speed, why_cut
+from kt_core.cli.answer import at_work, loading, show_waiting, speed, why_cut
 from kt_core.cli.output import complain, remark, write
 from kt_core.errors import ContextLengthError, InvalidRequestError, TokenizerError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HELP = """\
 /help    this list
 /clear   forget the conversation
-/stats   how the model was loaded, and how fast the last answer was
+/stats   how the model was loaded, what each device did, and how fast the last answer was
 /exit    leave (also Ctrl-D, or Ctrl-C twice)
 Ctrl-C stops an answer. Pasted text may have several lines; Alt-Enter starts a new one."""
 _COMMAND = re.compile(r"/[a-z]+")
@@ -121,6 +121,8 @@ class Chat:
         stats = self._engine.stats()
         size = (stats.expert_bytes + stats.dense_bytes) / 1e9
         remark(f"{stats.model_type}, {size:.2f} GB of weights; {loading(stats)}")
+        for line in at_work(stats):
+            remark(line)
         if self._timing is not None:
             remark(f"last answer: {speed(self._timing)}")
 

@@ -26,6 +26,7 @@ from kt_core.engine.dense_layers import DenseLayers
 from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.dense_mapping import MappedDense
 from kt_core.engine.device_choice import choose_devices
+from kt_core.engine.device_time import StepClock
 from kt_core.engine.expert_formats import formats_name
 from kt_core.engine.forward_passes import ForwardPasses
 from kt_core.engine.generation import Completion, GenerationOptions, TokenEvent, TokenStream
@@ -207,7 +208,10 @@ class Engine:
         self._device = device
         self._load_s = load_s
         self._prefixes = PrefixCache()
-        self._passes: ForwardPasses | None = ForwardPasses(model, loader.accelerators, graph=graph)
+        self._clock = StepClock(device)
+        self._passes: ForwardPasses | None = ForwardPasses(
+            model, loader.accelerators, graph=graph, clock=self._clock
+        )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -324,12 +328,13 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
-        """Return how the model was loaded."""
+        """Return how the model was loaded, and what has happened since."""
         loader = self._loader
         device = loader.device
         sites = [loaded.site for loaded in loader.sites]
         kernels = [loaded.kernel for loaded in loader.sites]
         dense = loader.dense
+        first = loader.accelerators.devices[0] if loader.accelerators else None
         return EngineStats(
             model=str(self._directory),
             model_type=self.model.config.model_type,
@@ -343,6 +348,8 @@ class Engine:
             else {device.info.name: sum(site.spec.num_experts for site in sites)},
             accelerators=accelerator_stats(loader.accelerators) if loader.accelerators else None,
             decode=self.passes.stats(),
+            steps_s=self._clock.steps_s,
+            time_by_device=self._clock.times(first),
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
             dense_format=formats_name(dense.formats) if dense else "none",

@@ -23,6 +23,7 @@ from kt_core.moe.beside import BesideStream
 
 if TYPE_CHECKING:
     from kt_core.engine.accelerators import Accelerators
+    from kt_core.engine.device_time import StepClock
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class ForwardPasses:
         accelerators: Accelerators | None = None,
         *,
         graph: bool = False,
+        clock: StepClock | None = None,
     ) -> None:
         """Take the model.
 
@@ -68,6 +70,7 @@ class ForwardPasses:
             model: The model.
             accelerators: Where it runs; None for the host.
             graph: Whether steps of decoding are replayed from graphs where they can be.
+            clock: Counts the passes; None where nobody asks.
         """
         self._model = model
         self._accelerators = accelerators
@@ -75,6 +78,7 @@ class ForwardPasses:
         self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.counters = DecodeCounters(why_eager=self._why_eager(graph=graph))
         self.is_on = True
+        self._clock = clock
         self._state: object = None
         self._is_watched = False
         if self.counters.why_eager and graph:
@@ -116,6 +120,10 @@ class ForwardPasses:
             The logits ``[vocabulary]`` of the last position, valid until the next call, and the
             cache.
         """
+        with contextlib.nullcontext() if self._clock is None else self._clock.step():
+            return self._run(token_ids, cache)
+
+    def _run(self, token_ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         try:
             if isinstance(cache, DecodeCache):
                 with torch.inference_mode():

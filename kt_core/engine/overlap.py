@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from kt_core.engine.device_time import DeviceTime
 from kt_core.moe.timeline import Kind, Span
 
 
@@ -35,20 +36,6 @@ class LayerCall:
     def ratio(self) -> float:
         """Time over what it would be if only the longer part took any: 1 is perfect."""
         return self.time_s / max(self.host_s, self.accelerator_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceTime:
-    """What a device did in the steps of a run.
-
-    Attributes:
-        experts_s: It computed experts.
-        idle_s: It had nothing to do. Of the accelerator with the dense part: it waited for the
-            host's experts. Whether it was busy otherwise, events do not tell.
-    """
-
-    experts_s: float
-    idle_s: float
 
 
 def layer_calls(spans: Iterable[Span]) -> list[LayerCall]:
@@ -126,5 +113,5 @@ def device_times(spans: Sequence[Span], host: str, devices: Sequence[str]) -> di
     for row in (host, *devices):
         waited = sum((s.seconds for s in spans if s.label.row == row and s.kind is Kind.JOIN), 0.0)
         idle = waited if row in devices[:1] else steps_s - busy(row)
-        found[row] = DeviceTime(experts_s=busy(row), idle_s=idle)
+        found[row] = DeviceTime(experts_s=busy(row), idle_s=idle if devices else None)
     return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kt_core.engine.accelerators import Accelerators
+    from kt_core.engine.device_time import DeviceTime
     from kt_core.engine.forward_passes import DecodeCounters
 
 
@@ -61,7 +62,7 @@ def accelerator_stats(accelerators: Accelerators) -> AcceleratorStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """How a model was loaded.
+    """How a model was loaded, and what has happened since.
 
     Attributes:
         model: The model directory.
@@ -80,6 +81,8 @@ class EngineStats:
         load_s: Seconds the loading took.
         decode: How tokens were decoded since then: from graphs, or why not.
         accelerators: What they have done; None where there are none.
+        steps_s: Seconds that forward passes took since then: all of prompts and answers.
+        time_by_device: What the host did in them, and the accelerator with the dense part.
         peak_memory_bytes: Largest resident set of this process so far, mapped files included.
     """
 
@@ -98,5 +101,7 @@ class EngineStats:
     dense_bytes: int
     load_s: float
     decode: DecodeCounters
+    steps_s: float
+    time_by_device: dict[str, DeviceTime]
     peak_memory_bytes: int
     accelerators: AcceleratorStats | None = None

@@ -16,6 +16,7 @@ from kt_core.types import (
     Capabilities,
     DeviceInfo,
     Format,
+    HostUsage,
     Limits,
     LinearSpec,
     MoeSpec,
@@ -145,6 +146,13 @@ class ExpertDevice(ABC):
         """Measure what no kernel of this device can exceed, with its threads: about a second.
 
         For ``kt bench``, while nothing else is computed. By default None: nobody knows.
+        """
+        return None
+
+    def usage(self) -> HostUsage | None:
+        """Return what its host threads have done so far.
+
+        Asked for before and after each step. By default None: nobody knows.
         """
         return None
 

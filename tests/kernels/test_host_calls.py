@@ -50,6 +50,25 @@ def test_a_call_gives_what_submit_does_again_and_again(threads: int) -> None:
             assert call.take_times() == []
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_device_knows_how_long_it_was_busy_and_awaited(threads: int) -> None:
+    one = calls(6)[5]
+    with device_for(threads=threads) as device:
+        kernel = loaded(device)
+        call = made(kernel, one)
+        before = device.usage()
+        kernel.submit(one.hidden, one.expert_ids, one.weights).wait()
+        alone = device.usage()
+        assert alone.busy_s > before.busy_s
+        assert alone.awaited_s == before.awaited_s == 0  # who waits helps
+        call.call.record(is_on=True)
+        call.run()
+        (times,) = call.call.take_times()
+        usage = device.usage()
+    assert 0 < usage.busy_s - alone.busy_s <= (times.finished - times.started) / 1e9
+    assert 0 < usage.awaited_s <= (times.joined - times.join_called) / 1e9
+
+
 def test_an_error_is_kept_and_the_output_is_zeros() -> None:
     one = calls(3)[2]
     with device_for(threads=2) as device:

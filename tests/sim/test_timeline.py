@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from tiny import build_tiny
 
 import kt_core
+from kt_core.cli.chat import Chat
 from kt_core.cli.main import run_cli
 from kt_core.engine import Engine, accelerators
 from kt_core.engine.profiler import LAUNCHES, STEPS, Profiler
@@ -250,6 +252,7 @@ def test_a_host_alone_has_layers_and_steps() -> None:
     times = profiler.report()["time_by_device"]
     assert list(times) == ["cpu"]
     assert times["cpu"]["experts_s"] > 0
+    assert times["cpu"]["idle_s"] is None  # torch computes with the same cores
 
 
 def test_a_lost_device_ends_the_profile_and_not_more(
@@ -330,8 +333,25 @@ def test_json_has_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert set(report["time_by_device"]) == {"cpu", "sim:0"}
     assert run_cli(command) == 0
     without = json.loads(capsys.readouterr().out)
-    assert report.keys() - without.keys() == {"overlap", "time_by_device"}
+    assert report.keys() - without.keys() == {"overlap"}
     assert without["accelerators"]["hit_rate"] is not None
+    times, steps_s = without["time_by_device"], without["steps_s"]
+    assert set(times) == {"cpu", "sim:0"}
+    assert 0 < times["cpu"]["experts_s"] < steps_s
+    assert times["cpu"]["experts_s"] + times["cpu"]["idle_s"] == pytest.approx(steps_s)
+    assert 0 < times["sim:0"]["idle_s"] < steps_s
+    assert times["sim:0"]["experts_s"] is None  # without a profile there are no events
+
+
+def test_the_chat_says_what_devices_did(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"temperature": 0.0, "max_new_tokens": 8}
+    with load() as engine:
+        chat = Chat(engine, system=None, raw=True, options=options)
+        chat.handle(PROMPT)
+        chat.handle("/stats")
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.search(r"cpu computed experts for .* s, sim:0 waited for them", x) for x in lines)
+    assert any(re.search(r"experts moved, .* MB to accelerators and .* back", x) for x in lines)
 
 
 def test_the_status_line_names_all_devices(capsys: pytest.CaptureFixture[str]) -> None:
