@@ -24,7 +24,7 @@ Examples:
 
 * `kt place trace.safetensors`
 * `kt place trace.safetensors --policy adaptive,frequency --hot 10%,25%,50% --plot rates.svg`
-* `kt place trace.safetensors --link 50 --cpu-bandwidth 300 --json | jq .results`
+* `kt place trace.safetensors --pcie 50GB/s --bandwidth 300GB/s --json | jq .results`
 """
 _RUN = "What is tried"
 
@@ -57,12 +57,10 @@ def place(
     prefill_chunk: Annotated[
         int, _option("--prefill-chunk", "N", "Tokens of a prefill in one step.", min=1)
     ] = 512,
-    link: option.Link = None,
+    machine: option.MachineFile = None,
+    bandwidth: option.Bandwidth = None,
+    pcie: option.Pcie = None,
     link_share: option.LinkShare = "50%",
-    accelerator_bandwidth: option.AcceleratorMemory = None,
-    accelerator_tops: option.AcceleratorOps = None,
-    cpu_bandwidth: option.CpuMemory = None,
-    cpu_tops: option.CpuOps = None,
     plot: Annotated[
         Path | None, _option("--plot", "FILE", "Draw the hit rates: .png or .svg (extra: plot).")
     ] = None,
@@ -80,16 +78,9 @@ def place(
         from kt_core.placement.plots import check_plot_file
 
         check_plot_file(plot, (".png", ".svg"))
-    machine = option.machine_of(
-        link=link,
-        link_share=link_share,
-        accelerator_bandwidth=accelerator_bandwidth,
-        accelerator_tops=accelerator_tops,
-        cpu_bandwidth=cpu_bandwidth,
-        cpu_tops=cpu_tops,
-    )
+    rates = option.machine_of(machine, bandwidth=bandwidth, pcie=pcie, link_share=link_share)
     known, tried = _known(trace, option.fraction("--train", train), statistics)
-    settings = {"statistics": known, "machine": machine, "prefill_chunk": prefill_chunk}
+    settings = {"statistics": known, "machine": rates, "prefill_chunk": prefill_chunk}
     runs = _simulate(policies, tried, fractions, settings)
     if plot is not None:
         from kt_core.placement.plots import draw_hit_rates
@@ -97,7 +88,7 @@ def place(
         draw_hit_rates(runs, plot, title=f"Placements of {tried.model}")
     results = [describe(run) for run in runs]
     if as_json:
-        print_json({"model": tried.model, "machine": asdict(machine), "results": results})
+        print_json({"model": tried.model, "machine": asdict(rates), "results": results})
     else:
         _show(results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 _MACHINE, _SHOW = "The machine to predict for", "What is shown"
 
 
-def _rate(name: str, value: str, help: str) -> Any:
-    return typer.Option(name, metavar=value, min=0, rich_help_panel=_MACHINE, help=help)
+def _option(name: str, value: str, help: str) -> Any:
+    return typer.Option(name, metavar=value, rich_help_panel=_MACHINE, help=help)
 
 
 PolicyName: TypeAlias = Annotated[
@@ -35,25 +36,18 @@ HotExperts: TypeAlias = Annotated[
         "--hot-experts", metavar="PART", rich_help_panel=_SHOW, help="How much of all, as 25%."
     ),
 ]
-# The defaults stand in kt_core.placement.machine, with their sources.
-Link: TypeAlias = Annotated[float | None, _rate("--link", "GB/S", "Host memory to accelerator.")]
+# As `kt plan` names them. The defaults stand in kt_core.placement.machine, with their sources.
+MachineFile: TypeAlias = Annotated[
+    Path | None, _option("--machine", "FILE", "YAML about one, as of `kt plan`; options override.")
+]
+Bandwidth: TypeAlias = Annotated[
+    str | None, _option("--bandwidth", "RATE", "Of host memory: 300GB/s.")
+]
+Pcie: TypeAlias = Annotated[
+    str | None, _option("--pcie", "RATE", "From host to accelerator: 32GB/s.")
+]
 LinkShare: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--link-share", metavar="PART", rich_help_panel=_MACHINE, help="What swaps may use of it."
-    ),
-]
-AcceleratorMemory: TypeAlias = Annotated[
-    float | None, _rate("--accelerator-bandwidth", "GB/S", "Reading its memory.")
-]
-AcceleratorOps: TypeAlias = Annotated[
-    float | None, _rate("--accelerator-tops", "N", "Its 10^12 operations per second.")
-]
-CpuMemory: TypeAlias = Annotated[
-    float | None, _rate("--cpu-bandwidth", "GB/S", "Reading host memory.")
-]
-CpuOps: TypeAlias = Annotated[
-    float | None, _rate("--cpu-tops", "N", "The CPU's 10^12 operations per second.")
+    str, _option("--link-share", "PART", "What swaps may use of the link.")
 ]
 
 
@@ -80,31 +74,35 @@ def hot_fraction(text: str) -> float:
 
 
 def machine_of(
-    *,
-    link: float | None,
-    link_share: str,
-    accelerator_bandwidth: float | None,
-    accelerator_tops: float | None,
-    cpu_bandwidth: float | None,
-    cpu_tops: float | None,
+    file: Path | None, *, bandwidth: str | None, pcie: str | None, link_share: str
 ) -> Machine:
-    """Return the machine the options describe.
+    """Return the machine the options describe; accelerators count together.
 
     Raises:
-        InvalidRequestError: A rate is 0.
+        InvalidRequestError: The file cannot be read, or a rate is none.
     """
     from kt_core.placement.machine import Machine
+    from kt_core.plan.description import Description, read_description
+    from kt_core.plan.machine import INT8_OPS_PER_CORE
+    from kt_core.plan.units import parse_bytes_per_s
 
+    said = (read_description(file) if file else Description()).overridden_by(
+        Description(
+            read_bytes_per_s=parse_bytes_per_s(bandwidth, "--bandwidth") if bandwidth else None,
+            link_bytes_per_s=parse_bytes_per_s(pcie, "--pcie") if pcie else None,
+        )
+    )
+    count = said.card_count or 1
     given = {
-        "link_bytes_per_s": (link, 1e9),
-        "accelerator_bytes_per_s": (accelerator_bandwidth, 1e9),
-        "accelerator_ops_per_s": (accelerator_tops, 1e12),
-        "cpu_bytes_per_s": (cpu_bandwidth, 1e9),
-        "cpu_ops_per_s": (cpu_tops, 1e12),
+        "cpu_bytes_per_s": (said.read_bytes_per_s, 1),
+        "cpu_ops_per_s": (said.int8_ops_per_s or (said.cores or 0) * INT8_OPS_PER_CORE, 1),
+        "link_bytes_per_s": (said.link_bytes_per_s, count),
+        "accelerator_bytes_per_s": (said.card_read_bytes_per_s, count),
+        "accelerator_ops_per_s": (said.card_ops_per_s, count),
     }
-    rates = {name: value * unit for name, (value, unit) in given.items() if value is not None}
-    try:
-        return Machine(**rates, link_share=fraction("--link-share", link_share))
-    except ValueError as error:
-        msg = f"no such machine: {error}"
-        raise InvalidRequestError(msg) from error
+    rates = {name: value * factor for name, (value, factor) in given.items() if value}
+    share = fraction("--link-share", link_share)
+    if share == 0:
+        msg = "--link-share 0 leaves nothing for swaps: name a policy that makes none (--policy)"
+        raise InvalidRequestError(msg)
+    return Machine(**rates, link_share=share)

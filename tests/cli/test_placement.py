@@ -121,7 +121,7 @@ def test_place(kt: Kt, trace: Path) -> None:
 
 def test_place_as_json(kt: Kt, trace: Path) -> None:
     policies = ("--policy", "frequency,adaptive", "--hot", "50%")
-    report = json.loads(kt("place", trace, *policies, "--link", "10", "--json").succeeds())
+    report = json.loads(kt("place", trace, *policies, "--pcie", "10GB/s", "--json").succeeds())
     frequency, adaptive = report["results"]
     assert (frequency["policy"], adaptive["policy"]) == ("frequency", "adaptive")
     assert report["machine"]["link_bytes_per_s"] == 10e9
@@ -132,8 +132,26 @@ def test_place_as_json(kt: Kt, trace: Path) -> None:
     assert adaptive["decode_hit_rate"] > frequency["decode_hit_rate"]
     assert adaptive["decode_tokens_per_s"] > 0
 
-    slow = json.loads(kt("place", trace, *policies, "--cpu-bandwidth", "1", "--json").succeeds())
+    slow = json.loads(kt("place", trace, *policies, "--bandwidth", "1GB/s", "--json").succeeds())
     assert slow["results"][0]["decode_tokens_per_s"] < frequency["decode_tokens_per_s"]
+
+
+def test_place_for_the_machine_of_a_plan(kt: Kt, trace: Path, tmp_path: Path) -> None:
+    file = tmp_path / "machine.yaml"
+    file.write_text(
+        "host: {bandwidth: 200GB/s, cores: 32, memory: 512GiB, int8: 30TOP/s}\n"
+        "accelerator: {count: 2, memory: 24GiB, bandwidth: 900GB/s, bf16: 100TFLOP/s}\n"
+    )
+    options = ("--machine", file, "--pcie", "20GB/s", "--link-share", "25%", "--json")
+    machine = json.loads(kt("place", trace, *options).succeeds())["machine"]
+    assert machine == {
+        "link_bytes_per_s": 40e9,
+        "link_share": 0.25,
+        "accelerator_bytes_per_s": 1800e9,
+        "accelerator_ops_per_s": 200e12,
+        "cpu_bytes_per_s": 200e9,
+        "cpu_ops_per_s": 30e12,
+    }
 
 
 def test_plot(kt: Kt, trace: Path, tmp_path: Path) -> None:
@@ -149,7 +167,10 @@ def test_place_with_bad_input(kt: Kt, trace: Path, tmp_path: Path) -> None:
     kt("place", trace, "--policy", "best").fails("'best' is not registered", "adaptive")
     for wrong in ("half", "120%", "-1", "nan", ""):
         kt("place", trace, "--hot", wrong).fails("--hot takes parts", code=2)
-    kt("place", trace, "--link", "0").fails("link_bytes_per_s must be > 0", code=2)
+    kt("place", trace, "--pcie", "0GB/s").fails("--pcie must be above 0", code=2)
+    kt("place", trace, "--pcie", "10").fails("--pcie must be a number with its unit", code=2)
+    kt("place", trace, "--link-share", "0").fails("leaves nothing for swaps", code=2)
+    kt("place", trace, "--machine", tmp_path / "no.yaml").fails("cannot be read", code=2)
     kt("place", trace, "--statistics", tmp_path / "no").fails("there are no statistics")
     other = tmp_path / "s.json"
     content = {"format": "kt-routing-statistics", "version": 1, "tokens": 1, "counts": [[1.0]]}
