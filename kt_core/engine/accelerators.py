@@ -316,7 +316,7 @@ class Accelerators:
         except (DeviceError, RuntimeError) as error:
             _log.warning("an accelerator failed while experts were moved: %s", _first_line(error))
             self.mover.abandon()
-        self.hybrid.layers.clear()
+        self.hybrid.clear()
         for device in self.devices:
             device.close()
 

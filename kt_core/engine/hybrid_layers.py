@@ -41,6 +41,7 @@ class HybridLayers:
         self._buffers = PinnedBuffers(cold)
         # What a layer puts off is under way while the next one puts something off.
         self._late_buffers = (PinnedBuffers(cold), PinnedBuffers(cold))
+        self._host_lanes: list[HostLane] = []  # of all layers: they are asked after every step
         self._slots: dict[tuple[MoeSpec, Format], tuple[ExpertKernel, ExpertKernel]] = {}
 
     def add(
@@ -63,9 +64,7 @@ class HybridLayers:
         Raises:
             RuntimeError: A call failed; its output was zeros.
         """
-        for layer in self.layers:
-            lane = layer.kernels[0]
-            assert isinstance(lane, Lane)
+        for lane in self._host_lanes:
             lane.raise_error()
 
     def pass_by_host(self) -> None:
@@ -103,6 +102,11 @@ class HybridLayers:
         """Begin anew, after a pass that did not come to its end."""
         self.deferral.take()
 
+    def clear(self) -> None:
+        """Let the layers go, and what is called for them."""
+        self.layers.clear()
+        self._host_lanes.clear()
+
     def _host_lane(
         self, spec: MoeSpec, weight_format: Format, kernel: ExpertKernel, is_last: bool
     ) -> StreamingLane:
@@ -110,6 +114,7 @@ class HybridLayers:
         now = HostLane(kernel, self.device, functions, self._buffers)
         late = HostLane(kernel, self.device, functions, self._late_buffers[index % 2])
         deferring = DeferringLane(now, None if is_last else late, self.deferral)
+        self._host_lanes += [now] if is_last else [now, late]
         slots = self._slots.get((spec, weight_format))
         if slots is None:
             one, two = (

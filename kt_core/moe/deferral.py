@@ -82,12 +82,6 @@ class DeferringLane(Lane):
         )
         return Sum(now, before)
 
-    def raise_error(self) -> None:
-        """See ``Lane.raise_error``."""
-        super().raise_error()
-        if self._late is not None:
-            self._late.raise_error()
-
     def record(self, is_on: bool, timeline: Timeline | None = None) -> None:
         """See ``Lane.record``."""
         super().record(is_on, timeline)

@@ -76,6 +76,7 @@ class ExpertMover:
         self._copies = [torch.Stream(device=one) for one in (device, *peers)]
         self._moves: deque[_Move] = deque()
         self._staging: dict[int, list[torch.Tensor]] = {}
+        self._homes: NDArray[np.int64] | None = None
         self.bytes_to_device = 0
         self.bytes_to_host = 0
         self.moves = 0
@@ -91,6 +92,7 @@ class ExpertMover:
             accelerator.load_packed(expert.expert, host.packed(expert.expert))
         copies.synchronize()
         host.unload(expert.expert)
+        self._note_home(expert, target)
 
     def begin(self, swaps: Sequence[Swap], target: int = 1) -> None:
         """Begin to move experts. Returns at once.
@@ -103,19 +105,29 @@ class ExpertMover:
             for expert in evicted:
                 home = self._home_of(expert)
                 self._start_copy(_Move(expert, HOST), source=home)
+                self._note_home(expert, HOST)
             self._moves.append(_Move(load, target, evicted))
+            self._note_home(load, target)
 
     def homes(self, shape: tuple[int, int]) -> NDArray[np.int64]:
-        """Return ``[layers, experts]``: the kernel of each expert when all moves are done."""
-        import numpy as np
+        """Return ``[layers, experts]``: the kernel of each expert when all moves are done.
 
-        homes = np.full(shape, HOST, dtype=np.int64)
-        for index, layer in enumerate(self._layers):
-            for number, kernel in enumerate(layer.kernels[1:], start=1):
-                homes[index, sorted(kernel.resident())] = number
-        for move in self._moves:
-            homes[move.expert] = move.target
-        return homes
+        Asked for after every step, so it is kept, and changed in place: for reading only.
+        """
+        if self._homes is None:
+            import numpy as np
+
+            self._homes = np.full(shape, HOST, dtype=np.int64)
+            for index, layer in enumerate(self._layers):
+                for number, kernel in enumerate(layer.kernels[1:], start=1):
+                    self._homes[index, sorted(kernel.resident())] = number
+            for move in self._moves:
+                self._homes[move.expert] = move.target
+        return self._homes
+
+    def _note_home(self, expert: ExpertId, target: int) -> None:
+        if self._homes is not None:
+            self._homes[expert] = target
 
     @property
     def is_idle(self) -> bool:
@@ -148,6 +160,7 @@ class ExpertMover:
     def abandon(self) -> None:
         """Forget what is on its way, where it can arrive no more: a device is lost."""
         self._moves.clear()
+        self._homes = None
 
     def _is_moving(self, expert: ExpertId) -> bool:
         return any(move.expert == expert for move in self._moves)
@@ -200,6 +213,7 @@ class ExpertMover:
                 str(error).splitlines()[0],
             )
         self.given_up += 1
+        self._note_home(move.expert, HOST)
         assert move.staged is not None
         self._put_staging(move.staged)
 

@@ -108,7 +108,8 @@ class HostLane(Lane):
         self._own = None if host_functions is None else buffers.stream_on(device)
         self._calls: dict[tuple[int, int, torch.dtype], tuple[HostCall, PairBuffers]] = {}
         self._captured: list[HostCall] = []
-        self._taken: weakref.WeakSet[HostCall] = weakref.WeakSet()
+        # Asked after every step, for which a WeakSet is slow.
+        self._taken: list[weakref.ref[HostCall]] = []
         self._records = False
         self._timeline: Timeline | None = None
         row = f"{device} cold pairs"
@@ -158,18 +159,24 @@ class HostLane(Lane):
         return self._own
 
     def raise_error(self) -> None:
-        """See ``Lane.raise_error``."""
+        """Raise what went wrong in a call that the stream has come past.
+
+        Raises:
+            RuntimeError: A call failed; its output was zeros.
+        """
         for call, _ in self._calls.values():
             call.raise_error()
         for call in self._captured:
             call.raise_error()
-        for call in self._taken:
-            call.raise_error()
+        for taken in self._taken:
+            if (alive := taken()) is not None:
+                alive.raise_error()
 
     def take_captured(self) -> list[HostCall]:
         """See ``Lane.take_captured``. Their errors and times are still asked for here."""
         taken, self._captured = self._captured, []
-        self._taken.update(taken)
+        alive = [one for one in self._taken if one() is not None]
+        self._taken = alive + [weakref.ref(call) for call in taken]
         return taken
 
     def record(self, is_on: bool, timeline: Timeline | None = None) -> None:
@@ -183,7 +190,8 @@ class HostLane(Lane):
         return sorted(times for call in self._all_calls() for times in call.take_times())
 
     def _all_calls(self) -> list[HostCall]:
-        return [*(call for call, _ in self._calls.values()), *self._captured, *self._taken]
+        taken = [call for one in self._taken if (call := one()) is not None]
+        return [*(call for call, _ in self._calls.values()), *self._captured, *taken]
 
     def _call(self, tokens: int, k: int, dtype: torch.dtype) -> tuple[HostCall | None, PairBuffers]:
         key = (tokens, k, dtype)

@@ -57,15 +57,6 @@ class Lane(ExpertKernel):
         """See ``ExpertKernel.resident``."""
         return self.kernel.resident()
 
-    def raise_error(self) -> None:
-        """Raise what went wrong in a call that the stream has come past.
-
-        Raises:
-            RuntimeError: A call failed; its output was zeros.
-        """
-        if isinstance(self.kernel, Lane):
-            self.kernel.raise_error()
-
     def record(self, is_on: bool, timeline: Timeline | None = None) -> None:
         """Keep the times of calls of the host from now on, or do not.
 

@@ -142,24 +142,31 @@ class AdaptivePlacement(OnlinePlacement):
             return []
         victims = np.flatnonzero(is_resident & (worth < worth[wanted[0]]))
         victims = _best(victims, worth, 4 * len(wanted))
-        rates, variances = rate.ravel(), variance.ravel()
+        leaving = self._of_cells(victims, rate, variance)
         swaps: list[Swap] = []
         first = 0  # of the victims that are left, the least used first
-        for cell in wanted.tolist():
-            size, last, room = self._grid.expert_bytes[cell // width], first, free
-            while room < size and last < len(victims):
-                room += self._grid.expert_bytes[int(victims[last]) // width]
-                last += 1
-            evict = victims[first:last].tolist()
-            gain = float(rates[cell]) - sum(float(rates[victim]) for victim in evict)
-            error = math.sqrt(sum(float(variances[moved]) for moved in (cell, *evict)))
-            is_better = not evict or gain > SWAP_SIGMAS * error
+        for cell, size, cell_rate, cell_variance in self._of_cells(wanted, rate, variance):
+            last, room, gain, noise = first, free, cell_rate, cell_variance
+            while room < size and last < len(leaving):
+                _, victim_size, victim_rate, victim_variance = leaving[last]
+                room, last = room + victim_size, last + 1
+                gain, noise = gain - victim_rate, noise + victim_variance
+            evict = [victim for victim, *_ in leaving[first:last]]
+            is_better = not evict or gain > SWAP_SIGMAS * math.sqrt(noise)
             if room < size or size > link_bytes or not is_better:
                 continue
             first, free, link_bytes = last, room - size, link_bytes - size
             ids = [ExpertId(*divmod(victim, width)) for victim in evict]
             swaps.append(Swap(ExpertId(*divmod(cell, width)), tuple(ids)))
         return swaps
+
+    def _of_cells(
+        self, cells: NDArray[np.int64], rate: NDArray[np.float32], variance: NDArray[np.float32]
+    ) -> list[tuple[int, int, float, float]]:
+        """Return each cell with its bytes, rate and variance, as Python's numbers."""
+        sizes = self._sizes[cells // self._grid.shape[1]]
+        columns = (cells, sizes, rate.ravel()[cells], variance.ravel()[cells])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _best(cells: NDArray[np.int64], key: NDArray[Any], most: int) -> NDArray[np.int64]:
