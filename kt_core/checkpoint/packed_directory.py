@@ -118,6 +118,10 @@ class PackedDirectory:
             self._dense_files[layer.file] = _mapped(packed.file)
         return _within(self._dense_files[layer.file], packed)
 
+    def release_dense(self) -> None:
+        """Let the files of dense layers go as soon as nobody has bytes of them any more."""
+        self._dense_files.clear()
+
     def verify(
         self, checkpoint: Checkpoint, *, threads: int, progress: Callable[[float], None]
     ) -> list[str]:

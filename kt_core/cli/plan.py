@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import typer
 from kt_core.cli import plan_options as option
 from kt_core.cli.output import complain, print_json, progress_bar, registry_of, remark
 from kt_core.cli.run import silence_transformers
-from kt_core.errors import InvalidRequestError, UnsupportedFormatError
+from kt_core.errors import InvalidRequestError, UnsupportedDenseError, UnsupportedFormatError
 from kt_core.paths import cache_dir
 from kt_core.plugins import Registry
 
@@ -96,10 +96,15 @@ def plan(
             sequence_length=sequence_length,
         )
         with _planner(outline, described, registry, remeasure, progress) as (planner, device):
-            choices = _choices(weight_format, dense_format, registry, device, stored)
+            has_card = planner.machine.card is not None
+            dense = _dense_choices(dense_format, registry, stored, has_card=has_card)
+            choices = _choices(weight_format, dense, registry, device, stored)
             chosen = planner.best_plan(choices, wish)
-            others = _choices("auto", dense_format, registry, device, stored)
-            report = report_of(model, planner, chosen, wish, advise(planner, chosen, others, wish))
+            others = _choices("auto", dense, registry, device, stored)
+            advice = list(advise(planner, chosen, others, wish))
+            if has_card and stored.dense:
+                advice.append(_about_unpacking(outline, stored))
+            report = report_of(model, planner, chosen, wish, advice)
             if plot:
                 _draw(plot, model, planner, chosen, choices)
     _show(report, as_json=as_json)
@@ -189,7 +194,7 @@ def _planner(
 
 def _choices(
     weight_format: str,
-    dense_format: str,
+    dense: Sequence[Format | None],
     registry: Registry,
     device: ExpertDevice,
     stored: StoredFormats,
@@ -200,11 +205,18 @@ def _choices(
     largest stands for all: a plan has one.
     """
     from kt_core.plan import Formats
-    from kt_core.plan.fitting import AUTO_DENSE_FORMATS, format_names
+    from kt_core.plan.fitting import format_names
 
     formats = [registry.formats.get(name).descriptor for name in format_names(weight_format)]
+    if stored.is_packed and weight_format != "auto" and set(formats) != stored.experts:
+        names = ", ".join(sorted(found.name for found in stored.experts))
+        msg = (
+            f"the experts of this model are packed as {names}, not {weight_format}: leave --format "
+            "out, or plan for the original model"
+        )
+        raise UnsupportedFormatError(msg)
     if weight_format == "auto" and stored.experts:
-        largest = max(stored.experts, key=lambda f: (f.bits_per_weight(_MANY_INPUTS), f.name))
+        largest = _largest(stored.experts)
         bits = largest.bits_per_weight(_MANY_INPUTS)
         smaller = [f for f in formats if f.bits_per_weight(_MANY_INPUTS) < bits]
         formats = [largest] if stored.is_packed else [largest, *smaller]
@@ -212,12 +224,63 @@ def _choices(
     if not possible:
         msg = f"device {device.info.name!r} computes no experts of format {weight_format!r}"
         raise UnsupportedFormatError(msg)
-    if stored.is_packed and dense_format in ("auto", "none"):
-        packed = sorted(stored.dense, key=lambda f: -f.bits_per_weight(_MANY_INPUTS))
-        return [Formats(experts=f, dense=packed[0] if packed else None) for f in possible]
-    names = AUTO_DENSE_FORMATS if dense_format == "auto" else (dense_format,)
-    dense = [None if name == "none" else registry.formats.get(name).descriptor for name in names]
     return [Formats(experts=f, dense=d) for d in dense for f in possible]
+
+
+def _dense_choices(
+    name: str, registry: Registry, stored: StoredFormats, *, has_card: bool
+) -> list[Format | None]:
+    """Return what dense layers may become, best first: what ``kt run`` does, and no more.
+
+    Raises:
+        UnsupportedDenseError: A format is asked for on an accelerator.
+        UnsupportedFormatError: A format is asked for that the packed layers do not have.
+    """
+    from kt_core.plan.fitting import AUTO_DENSE_FORMATS
+
+    asked_for = None if name in ("auto", "none") else registry.formats.get(name).descriptor
+    if has_card:
+        if asked_for is not None:
+            msg = (
+                f"--dense-format {name}: on an accelerator torch computes dense layers, as the "
+                "checkpoint has them; leave it out, or plan for the host alone (--vram 0)"
+            )
+            raise UnsupportedDenseError(msg)
+        return [None]
+    if stored.dense:
+        if asked_for is not None and {asked_for} != stored.dense:
+            names = ", ".join(sorted(found.name for found in stored.dense))
+            msg = (
+                f"the dense layers of this model are packed as {names}, not {name}: leave "
+                "--dense-format out, or plan for the original model"
+            )
+            raise UnsupportedFormatError(msg)
+        return [_largest(stored.dense)]
+    if stored.is_packed and name == "auto":
+        return [None]
+    if name != "auto":
+        return [asked_for]
+    return [
+        None if other == "none" else registry.formats.get(other).descriptor
+        for other in AUTO_DENSE_FORMATS
+    ]
+
+
+def _largest(formats: Iterable[Format]) -> Format:
+    return max(formats, key=lambda found: (found.bits_per_weight(_MANY_INPUTS), found.name))
+
+
+def _about_unpacking(outline: ModelOutline, stored: StoredFormats) -> str:
+    """Say what becomes of packed dense layers on an accelerator."""
+    from kt_core.plan.units import gigabytes
+
+    packed = outline.packed_dense_bytes(_largest(stored.dense))
+    unpacked = packed + outline.saved_bytes(_largest(stored.dense))
+    names = ", ".join(sorted(found.name for found in stored.dense))
+    return (
+        f"dense layers are packed as {names}, and unpacked on the accelerator, where they take "
+        f"{gigabytes(unpacked)} instead of {gigabytes(packed)}"
+    )
 
 
 def _draw(file: Path, model: str, planner: Planner, chosen: Plan, choices: list[Formats]) -> None:

@@ -139,12 +139,13 @@ class Accelerators:
         """Memory that the devices have left for experts."""
         return sum(self._rooms)
 
-    def make_room(self, outline: ModelOutline, *, graph: bool) -> None:
+    def make_room(self, outline: ModelOutline, *, graph: bool, unpacks_dense: bool) -> None:
         """Find what is left for experts: on the first device, beside the dense part and a cache.
 
         Args:
             outline: The model.
             graph: Whether steps are replayed from graphs, whose caches keep all tokens.
+            unpacks_dense: Whether dense layers are packed on disk: said where they do not fit.
 
         Raises:
             NotEnoughMemoryError: Not even these fit.
@@ -161,10 +162,12 @@ class Accelerators:
         needed = sum(computing_bytes(outline, context, prompt, keeps_all=graph).values())
         if needed > self._rooms[0]:
             needed += usable[0] - self._rooms[0]
+            unpacked = ", unpacked for torch," if unpacks_dense else ""
             msg = (
-                f"the dense part with a cache of {context} tokens takes {needed / 1e9:.2f} GB on "
-                f"{self.devices[0].info.name}, which has {usable[0] / 1e9:.2f} GB: take a "
-                f"larger device, or run on the host (--device {self.host.info.name})"
+                f"the dense part{unpacked} with a cache of {context} tokens takes "
+                f"{needed / 1e9:.2f} GB on {self.devices[0].info.name}, which has "
+                f"{usable[0] / 1e9:.2f} GB: take a larger device, or run on the host "
+                f"(--device {self.host.info.name})"
             )
             raise NotEnoughMemoryError(msg)
         self._rooms[0] -= needed

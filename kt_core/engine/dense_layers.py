@@ -1,4 +1,4 @@
-"""Dense layers of one model that a kernel computes: what took their place, and whether it works."""
+"""Dense layers of one model that transformers does not load: what takes their place."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ _log = logging.getLogger(__name__)
 
 
 class DenseLayers(ABC):
-    """Replaces dense layers of one model by packed ones and fills them.
+    """Takes dense layers of one model from transformers, most to put packed ones there; fills them.
 
     Attributes:
-        layers: The replacements, by the path of the layer; filled by ``replace``.
-        packed_bytes: What they take.
+        layers: The packed ones, by the path of the layer; filled by ``replace``.
+        packed_bytes: What these take.
         remedy: What to do where the model cannot do with packed ones.
+        stage: What is being done while they are filled.
     """
 
     remedy: ClassVar[str]
+    stage: ClassVar[str] = "packed dense layers"
 
     def __init__(self) -> None:
         """Start with none."""
@@ -44,7 +46,7 @@ class DenseLayers(ABC):
 
     @abstractmethod
     def replace(self, model: PreTrainedModel, sources: Sources) -> None:
-        """Check what there is for the layers, and put packed ones in their place.
+        """Check what there is for the layers, and take their parameters out of the model.
 
         Raises:
             KtError: There is something else.
@@ -66,6 +68,8 @@ class DenseLayers(ABC):
             UnsupportedDenseError: Nothing sensible comes out, and the model's code asked for the
                 weights of packed layers.
         """
+        if not self.layers:
+            return
         for layer in self.layers.values():
             layer.was_read = False
         reason = _why_not_sensible(model)

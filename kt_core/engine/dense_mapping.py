@@ -1,7 +1,8 @@
-"""Dense layers that are packed already: mapped, and used where they lie."""
+"""Dense layers of a packed model directory: mapped, and used where they lie."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,20 +36,15 @@ class _Mapping:
             kernel.load(*unpack_linear(self.packed, kernel.spec, kernel.weight_format))
 
 
-class MappedDense(DenseLayers):
+class DirectoryDense(DenseLayers):
     """The packed dense layers of a packed model directory."""
 
     remedy = "Make it again with `kt quant`, without --dense-format."
 
-    def __init__(
-        self, device: ExpertDevice, packed: PackedDirectory, precision: ActivationPrecision
-    ) -> None:
-        """Take who computes them, where they are, and what becomes of their inputs."""
+    def __init__(self, packed: PackedDirectory) -> None:
+        """Take where they are."""
         super().__init__()
-        self.device = device
         self.packed = packed
-        self.precision = precision
-        self._mappings: list[_Mapping] = []
 
     def choose(self, model: PreTrainedModel, sites: Sequence[ExpertsSite]) -> Collection[str]:
         """See ``DenseLayers.choose``. The directory says which; no tensors are needed."""
@@ -70,16 +66,60 @@ class MappedDense(DenseLayers):
         for layer in self.packed.config.dense.values():
             module = _linear(model, layer, self.packed)
             names = places[id(module)]
-            kernel = self.device.linear_kernel(
-                layer.spec, layer.weight_format, precision=self.precision
-            )
-            packed = self.packed.dense(layer.name, sources.checkpoint)
-            self._mappings.append(_Mapping(kernel, packed))
             leaves = [leaf for leaf, _ in module.named_parameters()]
             gone += [f"{name}.{leaf}" for name in names for leaf in leaves]
-            self.put(model, names, module, kernel)
-        self.packed_bytes = sum(mapping.kernel.size_bytes for mapping in self._mappings)
-        hook.forget_dense(model, gone, [])
+            packed = self.packed.dense(layer.name, sources.checkpoint)
+            self.take(model, names, module, layer, packed)
+        tensors = [layer.packed_name for layer in self.packed.config.dense.values()]
+        hook.forget_dense(model, gone, tensors)
+
+    @abstractmethod
+    def take(
+        self,
+        model: PreTrainedModel,
+        names: Sequence[str],
+        module: nn.Linear,
+        layer: PackedDense,
+        packed: torch.Tensor,
+    ) -> None:
+        """Take the parameters out of one layer, and remember what it is filled from.
+
+        Args:
+            model: The model.
+            names: Dotted paths of the layer.
+            module: The layer.
+            layer: How it is packed.
+            packed: ``[bytes]`` uint8, mapped: never to be written to.
+        """
+
+
+class MappedDense(DirectoryDense):
+    """Packed dense layers that a kernel computes."""
+
+    def __init__(
+        self, device: ExpertDevice, packed: PackedDirectory, precision: ActivationPrecision
+    ) -> None:
+        """Take who computes them, where they are, and what becomes of their inputs."""
+        super().__init__(packed)
+        self.device = device
+        self.precision = precision
+        self._mappings: list[_Mapping] = []
+
+    def take(
+        self,
+        model: PreTrainedModel,
+        names: Sequence[str],
+        module: nn.Linear,
+        layer: PackedDense,
+        packed: torch.Tensor,
+    ) -> None:
+        """See ``DirectoryDense.take``."""
+        kernel = self.device.linear_kernel(
+            layer.spec, layer.weight_format, precision=self.precision
+        )
+        self._mappings.append(_Mapping(kernel, packed))
+        self.put(model, names, module, kernel)
+        self.packed_bytes += kernel.size_bytes
 
     def tasks(self) -> list[Callable[[], None]]:
         """See ``DenseLayers.tasks``."""

@@ -25,6 +25,7 @@ from kt_core.engine.chat import prompt_tokens
 from kt_core.engine.dense_layers import DenseLayers
 from kt_core.engine.dense_loading import DenseLoader
 from kt_core.engine.dense_mapping import MappedDense
+from kt_core.engine.dense_unpacking import UnpackedDense
 from kt_core.engine.device_choice import choose_devices
 from kt_core.engine.device_time import StepClock
 from kt_core.engine.expert_formats import formats_name
@@ -85,7 +86,8 @@ def load(
         dense_format: Weight format of attention, dense MLPs, shared experts and the output head,
             which are then computed by the device, too; ``none`` leaves them as they are: packed
             where `kt quant` packed them, else to torch as the checkpoint has them. Routers, norms
-            and embeddings always stay.
+            and embeddings always stay. On accelerators torch computes them all: what is packed
+            is unpacked there, a format is refused.
         cache: Pack the experts into ``$XDG_CACHE_HOME/kt/packed`` first, where the next start
             finds them; ``format`` must be named.
         hot_experts: Experts on accelerators: ``auto`` for as many as fit, a number, or a share
@@ -139,7 +141,11 @@ def load(
             accelerators = Accelerators(devices.open_accelerators(), opened, wish, chosen_precision)
             accelerators.hybrid.deferral.per_token = defer
             progress("measuring the model", None)
-            accelerators.make_room(outline_model(directory, registry), graph=graph)
+            accelerators.make_room(
+                outline_model(directory, registry),
+                graph=graph,
+                unpacks_dense=bool(packed_experts and packed_experts.config.dense),
+            )
         loader = ExpertLoader(
             checkpoint=stored.checkpoint,
             adapters=adapters_for(config_dict["model_type"], registry),
@@ -148,7 +154,7 @@ def load(
             format_name=format,
             precision=chosen_precision,
             progress=progress,
-            dense=_dense_layers(opened, dense_type, packed_experts, chosen_precision),
+            dense=_dense_layers(opened, dense_type, packed_experts, chosen_precision, accelerators),
             packed=packed_experts,
             accelerators=accelerators,
         )
@@ -176,8 +182,12 @@ def _dense_layers(
     weight_format: Format | None,
     packed: PackedDirectory | None,
     precision: ActivationPrecision,
+    accelerators: Accelerators | None,
 ) -> DenseLayers | None:
     if packed is not None and packed.config.dense:
+        if accelerators is not None:
+            name = accelerators.devices[0].info.name
+            return UnpackedDense(packed, accelerators.torch_device, name)
         return MappedDense(device, packed, precision)
     return None if weight_format is None else DenseLoader(device, weight_format, precision)
 
@@ -352,7 +362,7 @@ class Engine:
             time_by_device=self._clock.times(first),
             expert_layers=len(sites),
             expert_bytes=sum(k.bytes_per_expert * k.spec.num_experts for k in kernels),
-            dense_format=formats_name(dense.formats) if dense else "none",
+            dense_format=formats_name(dense.formats) if dense and dense.formats else "none",
             dense_layers=len(dense.layers) if dense else 0,
             dense_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters())
             + (dense.packed_bytes if dense else 0),

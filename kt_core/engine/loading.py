@@ -25,6 +25,7 @@ from kt_core.engine.accelerators import Accelerators
 from kt_core.engine.dense_layers import DenseLayers
 from kt_core.engine.expert_formats import candidate_formats, site_tensors
 from kt_core.engine.model_files import model_class
+from kt_core.engine.one_torch_thread import one_torch_thread
 from kt_core.engine.packed_loading import check_packed_sites, packed_formats
 from kt_core.engine.shared_experts import run_shared_beside
 from kt_core.engine.sites import find_sites, split_tied
@@ -102,7 +103,7 @@ class ExpertLoader:
         precision: What becomes of the hidden states.
         progress: Told how far it has come.
         formats: What the experts become, by the prefix of their parameters; once chosen.
-        dense: Packs dense layers, too; None where they stay as the checkpoint has them.
+        dense: Fills dense layers that transformers does not; None where it loads them all.
         packed: Where the experts are packed already; None for a checkpoint.
         accelerators: Hold the hot experts and the dense part; None where the host does it all.
     """
@@ -147,13 +148,14 @@ class ExpertLoader:
         self.dense_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def fill(self) -> None:
-        """Read and pack dense layers, then every expert, in parallel.
+        """Fill dense layers, then read and pack every expert, in parallel.
 
         Raises:
             CheckpointError: A tensor cannot be read, or holds a NaN or an infinity.
         """
         if self.dense:
-            self._run("packed dense layers", self.dense.tasks())
+            with one_torch_thread():
+                self._run(self.dense.stage, self.dense.tasks())
         experts = [
             partial(self._load, layer, expert)
             for layer, loaded in enumerate(self.sites)
@@ -217,7 +219,8 @@ class ExpertLoader:
         return chosen.formats
 
     def _smaller_format(self) -> str:
-        can_pack = self.dense is None and self.device.capabilities.computes_dense
+        can_pack = self.dense is None and self.accelerators is None
+        can_pack = can_pack and self.device.capabilities.computes_dense
         return "--format int4" + (", --dense-format int8" if can_pack else "")
 
     def _replace(

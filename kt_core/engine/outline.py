@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kt_core.checkpoint.packed_config import METHOD, PackedConfig
+from kt_core.engine import transformers_hook as hook
 from kt_core.engine.dense_choice import packable
 from kt_core.engine.forward_passes import context_length
 from kt_core.engine.meta_passes import Passes
@@ -58,16 +62,28 @@ def outline_model(
         KtError: There is no such model, or it cannot be run by kt.
     """
     file = Path(model).expanduser()
+    packed: Collection[str] = ()
     kind = kind_of(file, registry) if file.exists() else None
     if kind is not None:
         config_dict = dict(kind.config(file))
     else:
         file = find_config(model, registry, progress)
         # sizes are those of what kt makes of it
-        config_dict = without_quantization(parse_config(file))
+        stored = parse_config(file)
+        config_dict, packed = without_quantization(stored), _packed_dense(stored, file)
     config = config_from_dict(config_dict, registry, file)
     progress("reading the model's structure", None)
-    return outline_config(config, registry, model_type=config_dict["model_type"])
+    return outline_config(
+        config, registry, model_type=config_dict["model_type"], packed_dense=packed
+    )
+
+
+def _packed_dense(config_dict: Mapping[str, Any], file: Path) -> Collection[str]:
+    """Return the paths of dense layers that are packed on disk."""
+    stored = config_dict.get("quantization_config")
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != METHOD:
+        return ()
+    return PackedConfig.from_dict(stored, str(file)).dense.keys()
 
 
 def find_config(model: str | Path, registry: Registry, progress: Progress = no_progress) -> Path:
@@ -107,15 +123,27 @@ def _fetch_config(hub_id: str, progress: Progress) -> Path:
 
 
 def outline_config(
-    config: PreTrainedConfig, registry: Registry, *, model_type: str | None = None
+    config: PreTrainedConfig,
+    registry: Registry,
+    *,
+    model_type: str | None = None,
+    packed_dense: Collection[str] = (),
 ) -> ModelOutline:
-    """Return the outline of the model that this config describes; errors as ``outline_model``."""
+    """Return the outline of the model that this config describes; errors as ``outline_model``.
+
+    Args:
+        config: The config.
+        registry: The plug-ins.
+        model_type: What its config.json says.
+        packed_dense: Paths of dense layers that are packed on disk.
+    """
     dtype = model_dtype(config)
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config)(config).to(dtype).eval()
     sites = find_sites(model, adapters_for(model_type or config.model_type, registry))
     own, _ = split_tied(model, sites)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    _untie(model, packed_dense)
     dense_bytes = _dense_parts(model, sites)
     linears = _linears(model, sites)
     recorders = {site.module_name: _Recorder(site.spec) for site in sites}
@@ -148,6 +176,17 @@ def outline_config(
         vocab_size=text.vocab_size,
         **measured,
     )
+
+
+def _untie(model: PreTrainedModel, packed: Collection[str]) -> None:
+    """Give packed layers parameters of their own, as they have on disk."""
+    own = []
+    for name, module in model.named_modules():
+        if name in packed:
+            for leaf, parameter in list(module.named_parameters()):
+                setattr(module, leaf, nn.Parameter(torch.empty_like(parameter)))
+                own.append(f"{name}.{leaf}")
+    hook.forget_dense(model, own, [])
 
 
 def _dense_parts(model: PreTrainedModel, sites: list[ExpertsSite]) -> dict[str, int]:

@@ -74,7 +74,7 @@ def check_asked_format(packed: PackedDirectory, name: str, registry: Registry) -
 def check_packed_dense(
     packed: PackedDirectory, asked_for: Format | None, devices: DeviceChoice
 ) -> None:
-    """Check that dense layers that are packed can be used as they are.
+    """Check that dense layers that are packed can be used as they are; accelerators unpack them.
 
     Args:
         packed: The packed model.
@@ -86,16 +86,15 @@ def check_packed_dense(
         UnsupportedFormatError: Another format is asked for, or one is not computed.
     """
     formats = {layer.weight_format for layer in packed.config.dense.values()}
-    if not formats:
+    if not formats or devices.accelerators:
         return
     names = ", ".join(sorted(weight_format.name for weight_format in formats))
     capabilities = devices.host_backend.capabilities(devices.host.name)
     again = "make it again with `kt quant`, without --dense-format"
-    if devices.accelerators or not capabilities.computes_dense:
-        device = devices.accelerators[0] if devices.accelerators else devices.host
+    if not capabilities.computes_dense:
         msg = (
             f"the dense layers in {packed.directory} are packed as {names}, and device "
-            f"{device.name!r} leaves dense layers to torch: run it on another device, or {again}"
+            f"{devices.host.name!r} computes no dense layers: run it on another device, or {again}"
         )
         raise UnsupportedDenseError(msg)
     if asked_for is not None and {asked_for} != formats:

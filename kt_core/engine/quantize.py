@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-
 from kt_core import hardware
 from kt_core.checkpoint import Checkpoint, open_checkpoint, open_packed
 from kt_core.checkpoint.packed_directory import (
@@ -35,6 +33,7 @@ from kt_core.checkpoint.packed_directory import (
 from kt_core.checkpoint.safetensors_files import INDEX_NAME
 from kt_core.checkpoint.safetensors_writer import NewTensor, tensor_bytes, write_safetensors
 from kt_core.engine.model_files import read_config
+from kt_core.engine.one_torch_thread import one_torch_thread
 from kt_core.engine.quantize_dense import DenseWorker
 from kt_core.engine.quantize_expert import Method
 from kt_core.engine.quantize_layer import Inputs, LayerWorker
@@ -116,7 +115,7 @@ def quantize(
         try:
             calibration = calibrator(folder / _CALIBRATION) if calibrator else None
             job = _Job(plan, folder, state, method, calibration, count, progress)
-            with _one_torch_thread():
+            with one_torch_thread():
                 job.copy_dense()
                 job.write_dense()
                 job.write_layers()
@@ -141,17 +140,6 @@ def quantize(
         _sync_folder(target.parent)
     report.seconds = time.perf_counter() - start
     return report
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Each of our threads works alone: torch's own would be as many again for each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_target(target: Path) -> None:

@@ -100,10 +100,19 @@ def unpack_linear(
     layout = LinearLayout.of(spec, weight_format)
     check_packed(packed, layout)
     panels = packed[: layout.bias_offset].view(layout.weight.panels, -1)
-    bias = None
-    if layout.has_bias:
-        bias = packed[layout.bias_offset :].clone().view(torch.float32)[: spec.out_features]
-    return unpack_matrix(panels, layout.weight), bias
+    return unpack_matrix(panels, layout.weight), unpack_bias(packed, layout)
+
+
+def unpack_bias(packed: torch.Tensor, layout: LinearLayout) -> torch.Tensor | None:
+    """Return the float32 bias of a packed dense layer, ``[out_features]``; None without one.
+
+    Args:
+        packed: ``[bytes]`` uint8 of the layer; not kept.
+        layout: The layer's.
+    """
+    if not layout.has_bias:
+        return None
+    return packed[layout.bias_offset :].clone().view(torch.float32)[: layout.weight.rows]
 
 
 def pack_linear(

@@ -107,9 +107,15 @@ def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
 
 
 def _numbers(quantized: QuantizedTensor) -> torch.Tensor:
-    if quantized.weight_format.element is Element.FP4:
-        return torch.tensor(FP4_VALUES)[quantized.codes.long()]
-    return quantized.codes.float()
+    codes = quantized.codes
+    match quantized.weight_format.element:
+        case Element.FP4:
+            table = torch.tensor(FP4_VALUES)
+        case Element.FP8:  # torch knows them, but converts one in the time that it looks up three
+            table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+        case _:
+            return codes.float()
+    return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
 def _check_finite(values: torch.Tensor) -> None:

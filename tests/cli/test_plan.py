@@ -12,6 +12,7 @@ from cli.calling import STORIES, Kt
 from kt_core.plan import ExpertRates, HostRates, measure
 
 MACHINE = ("--ram", "8GiB", "--bandwidth", "50GB/s", "--cores", "4")
+CARD = ("--vram", "4GiB")
 KEYS = {
     "model", "model_type", "parameters", "format", "dense_format", "dense_dtype", "fits",
     "total_weight_bytes", "weight_bytes_by_part", "saved_by_dense_format_bytes", "bytes_by_tier",
@@ -97,6 +98,25 @@ def test_a_packed_model(kt: Kt, tmp_path: Path) -> None:
     assert (packed["format"], packed["dense_format"]) == ("int4-g32", "int8")
     same = report_of(kt, *MACHINE, "--format", "int4", "--dense-format", "int8")
     assert packed["total_weight_bytes"] == same["total_weight_bytes"]
+    on_card = json.loads(kt("plan", target, *MACHINE, *CARD, "--json").succeeds())
+    assert on_card["dense_format"] == "none"
+    assert any("unpacked on the accelerator" in sentence for sentence in on_card["advice"])
+    unpacked = report_of(kt, *MACHINE, *CARD)["bytes_by_tier"]["accelerator"]["dense_weights"]
+    unpacked += 2 * 1024 * 128  # the head has a weight of its own, which was the embedding
+    assert on_card["bytes_by_tier"]["accelerator"]["dense_weights"] == unpacked
+    kt("plan", target, *MACHINE, "--dense-format", "int4").fails("packed as int8, not int4")
+    kt("plan", target, *MACHINE, "--format", "int8").fails("packed as int4-g32, not int8")
+
+
+def test_no_dense_format_on_an_accelerator(kt: Kt) -> None:
+    """As `kt run` refuses it; so `auto` does not take it either, nor is it advised."""
+    arguments = ("plan", STORIES, *MACHINE, *CARD, "--dense-format", "int8")
+    kt(*arguments).fails("on an accelerator torch computes dense layers")
+    too_small = kt("plan", STORIES, *MACHINE, "--vram", "801MB", "--json")
+    assert too_small.code == 1
+    assert json.loads(too_small.out)["dense_format"] == "none"
+    assert "--dense-format" not in too_small.err
+    assert kt("plan", STORIES, *MACHINE, "--vram", "0", "--dense-format", "int8").code == 0
 
 
 def test_dense_layers(kt: Kt) -> None:

@@ -1,0 +1,271 @@
+"""A packed model whose dense layers are packed, too, on an accelerator: torch computes them there.
+
+The model to compare with is transformers' own with the weights that the packed ones stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import kt_core
+from kt_core import plugins
+from kt_core.cli.main import run_cli
+from kt_core.engine import Engine
+from kt_core.engine.outline import outline_model
+from kt_core.engine.quantize import quantize
+from kt_core.engine.quantize_expert import Method
+from kt_core.engine.quantize_plan import plan_quantization
+from kt_core.errors import CheckpointError, NotEnoughMemoryError, UnsupportedDenseError
+from kt_core.interfaces import no_progress
+from kt_core.plugins import Registry
+from kt_core.quant import BUILT_IN_FORMATS
+from sim import target
+from sim.stories import STORIES, TOLERANCE, kept
+from sim.target import NAME, WHERE
+
+pytestmark = pytest.mark.sim
+__all__ = ["kept"]
+
+FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
+# A tied output head; biases; gate and up of shared experts that are two tensors on disk.
+FAMILIES = ("qwen3_moe", "cohere2_moe", "gpt_oss", "deepseek_v3")
+Pack = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return plugins.load()
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Pack:
+    """Return where a packed tiny model of a family is; experts in bf16, which holds them exactly.
+
+    Beside it, in ``source``, is what was packed.
+    """
+
+    @cache
+    def packed(family: str, dense_format: str, dtype: torch.dtype = torch.float32) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        tiny.save_tiny(family, folder / "source", dtype=dtype)
+        return write(folder / "source", folder / "packed", registry, dense_format)
+
+    return packed
+
+
+def write(source: Path, target: Path, registry: Registry, dense: str, **options: Any) -> Path:
+    plan = plan_quantization(
+        source, registry, weight_format="bf16", method="rtn", dense_format=dense, **options
+    )
+    quantize(plan, target, method=Method.RTN, threads=1, progress=no_progress)
+    return target
+
+
+def load(directory: Path, **options: Any) -> Engine:
+    chosen: dict[str, Any] = {"threads": 1, "precision": "float32", "device": NAME}
+    return kt_core.load(directory, **(chosen | options))
+
+
+def formats_of(directory: Path) -> dict[str, str]:
+    """Formats of the packed dense layers, by their paths."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    layers = config["quantization_config"]["dense"]
+    return {name: entry["format"] for name, entry in layers.items()}
+
+
+def dequantised(truth: PreTrainedModel, formats: dict[str, str]) -> PreTrainedModel:
+    """Give layers what their stored numbers stand for; a tied head gets a weight of its own."""
+    with torch.no_grad():
+        for name, format_name in formats.items():
+            layer, stored = truth.get_submodule(name), FORMATS[format_name]
+            weight = stored.dequantize(stored.quantize(layer.weight))
+            layer.weight = nn.Parameter(weight.to(layer.weight.dtype))
+    return truth
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("dense_format", ["int8", "int4", "fp8", "mxfp4", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_dequantised_layers(
+    family: str, dense_format: str, pack: Pack
+) -> None:
+    """In float32, where only the order of sums differs; most formats change a lot more."""
+    directory = pack(family, dense_format)
+    truth = tiny.load_reference(directory.with_name("source"))
+    ids = tiny.sample_input_ids(truth.config)
+    plain = tiny.logits(truth, ids)
+    want = tiny.logits(dequantised(truth, formats_of(directory)), ids)
+    with load(directory, hot_experts="50%") as engine, torch.inference_mode():
+        got = engine.model(input_ids=ids.to(WHERE)).logits.cpu()
+    assert difference(got, want) <= TOLERANCE
+    assert dense_format == "bf16" or difference(plain, want) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_is_plain_and_exact(family: str, pack: Pack, registry: Registry) -> None:
+    """Bit for bit in the model's own type, biases too; and counted, to the byte."""
+    directory = pack(family, "int4", torch.bfloat16)
+    formats = formats_of(directory)
+    truth = tiny.load_reference(directory.with_name("source")).to(torch.bfloat16)
+    dequantised(truth, formats)
+    with load(directory) as engine:
+        model = engine.model
+        assert {parameter.device.type for parameter in model.parameters()} == {target.TYPE}
+        for name in formats:
+            layer, same = model.get_submodule(name), truth.get_submodule(name)
+            assert type(layer) is nn.Linear
+            assert torch.equal(layer.weight.cpu(), same.weight), name
+            assert (layer.bias is None) == (same.bias is None)
+            assert layer.bias is None or torch.equal(layer.bias.cpu(), same.bias), name
+        embedding = model.get_input_embeddings().weight.cpu()
+        assert torch.equal(embedding, truth.get_input_embeddings().weight)
+        stats = engine.stats()
+    assert (stats.dense_format, stats.dense_layers) == ("none", 0)
+    assert stats.dense_bytes == outline_model(directory, registry).total_dense_bytes()
+
+
+def test_layers_of_several_formats(pack: Pack, tmp_path: Path, registry: Registry) -> None:
+    source = pack("qwen3_moe", "int8").with_name("source")
+    overrides = {"lm_head": "none", "*.layers.0.*": "nvfp4", "*.o_proj": "int4-g64-asym"}
+    directory = write(source, tmp_path / "packed", registry, "int8", overrides=overrides)
+    formats = formats_of(directory)
+    assert set(formats.values()) == {"int8", "int4-g64-asym", "nvfp4"}
+    truth = dequantised(tiny.load_reference(source), formats)
+    ids = tiny.sample_input_ids(truth.config)
+    with load(directory) as engine, torch.inference_mode():
+        got = engine.model(input_ids=ids.to(WHERE)).logits.cpu()
+    assert difference(got, tiny.logits(truth, ids)) <= TOLERANCE
+
+
+def test_the_user_is_told_what_it_costs(pack: Pack, caplog: pytest.LogCaptureFixture) -> None:
+    stages = []
+
+    def progress(stage: str, fraction: float | None) -> None:
+        stages.append((stage, fraction))
+
+    with caplog.at_level(logging.WARNING), load(pack("qwen3_moe", "int8"), progress=progress):
+        pass
+    (message,) = [r.getMessage() for r in caplog.records if "dense layers" in r.getMessage()]
+    assert "packed as int8" in message
+    assert f"{NAME}:0 leaves dense layers to torch: unpacked they take 0.00 GB there" in message
+    assert ("unpacking dense layers", 1.0) in stages
+
+
+def test_a_format_for_torch_to_compute_is_still_refused(pack: Pack) -> None:
+    with pytest.raises(UnsupportedDenseError, match="leave it out"):
+        load(pack("qwen3_moe", "int8"), dense_format="int8")
+    with pytest.raises(UnsupportedDenseError, match="leave it out"):
+        load(pack("qwen3_moe", "int8").with_name("source"), dense_format="int8")
+
+
+def test_a_layer_of_another_model_is_refused(
+    pack: Pack, tmp_path: Path, registry: Registry
+) -> None:
+    source = pack("qwen3_moe", "int8").with_name("source")
+    directory = write(source, tmp_path / "packed", registry, "int8")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["dense"]["lm_head"]["in_features"] += 1
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="packed dense layer lm_head of LinearSpec"):
+        load(directory)
+
+
+@pytest.mark.parametrize("family", ["cohere2_moe", "qwen3_moe"])
+def test_room_is_made_for_the_unpacked_layers(family: str, pack: Pack, registry: Registry) -> None:
+    """A model's own bytes, and of a head that was tied one weight more; refused before it loads."""
+    directory = pack(family, "int8")
+    source = outline_model(directory.with_name("source"), registry)
+    packed = outline_model(directory, registry)
+    head = packed.vocab_size * packed.hidden_size * packed.dense_element_bytes
+    more = head if family == "cohere2_moe" else 0
+    assert packed.total_dense_bytes() == source.total_dense_bytes() + more
+    with pytest.raises(NotEnoughMemoryError, match="the dense part, unpacked for torch, with"):
+        load(directory, accelerator_memory=packed.total_dense_bytes())
+
+
+def test_the_plan_says_what_is_loaded(
+    tmp_path: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write(STORIES, tmp_path / "packed", registry, "int8")
+    machine = ["--ram", "8GiB", "--bandwidth", "50GB/s", "--cores", "4", "--vram", "4GiB"]
+    assert run_cli(["plan", str(directory), *machine, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    with load(directory) as engine:
+        stats = engine.stats()
+    assert report["dense_format"] == stats.dense_format == "none"
+    assert report["bytes_by_tier"]["accelerator"]["dense_weights"] == stats.dense_bytes
+    assert any("packed as int8, and unpacked" in sentence for sentence in report["advice"])
+
+
+_MEASURE = """
+import sys, threading
+import torch
+import kt_core
+from kt_core import hardware
+
+warm, model = sys.argv[1:]
+kt_core.load(warm, device="sim", threads=2).close()  # what is imported and allocated once
+def held():
+    on_device = torch.accelerator.memory_allocated("sim:0")
+    return hardware.process_memory().anonymous_bytes - on_device
+
+before = held()
+peak, done = before, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, held())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+engine = kt_core.load(model, device="sim", threads=2)
+done.set()
+watcher.join()
+model = engine.model
+print(peak - before, model.get_input_embeddings().weight.nbytes, model.lm_head.weight.nbytes)
+"""
+
+
+@target.only_sim
+def test_the_host_holds_pieces_of_layers(pack: Pack, tmp_path: Path, registry: Registry) -> None:
+    """Of a head of 134 MB no copy, packed or not: what is not packed, scratch, two pieces.
+
+    The simulated device's memory is the process's own, and is taken off.
+    """
+    config = tiny.tiny_config("qwen3_moe")
+    config.update({"num_hidden_layers": 1, "mlp_only_layers": [], "vocab_size": 1 << 16})
+    config.update({"hidden_size": 1024, "tie_word_embeddings": False})
+    model = tiny.auto_class(config).from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    model.save_pretrained(tmp_path / "source")
+    directory = write(tmp_path / "source", tmp_path / "packed", registry, "int8")
+    machine = target.FAST.replace("memory_gib=0.25", "memory_gib=1")
+    output = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(pack("qwen3_moe", "int8")), str(directory)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, target.VARIABLE: machine},
+    ).stdout
+    peak, embedding, head = map(int, output.split())
+    assert head == 2 * 1024 << 16
+    assert peak <= embedding + head // 2 - 16_000_000
