@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import kt_core
-from kt_core import plugins
+from kt_core import hardware, plugins
 from kt_core.cli.main import run_cli
 from kt_core.engine import Engine
 from kt_core.engine.outline import outline_model
@@ -173,6 +173,14 @@ def test_a_format_for_torch_to_compute_is_still_refused(pack: Pack) -> None:
         load(pack("qwen3_moe", "int8"), dense_format="int8")
     with pytest.raises(UnsupportedDenseError, match="leave it out"):
         load(pack("qwen3_moe", "int8").with_name("source"), dense_format="int8")
+
+
+def test_a_dense_format_is_not_advised(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To whom it would be refused: a model that is too large for the host beside accelerators."""
+    source = pack("qwen3_moe", "int8").with_name("source")
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 0)
+    with pytest.raises(NotEnoughMemoryError, match=r"smaller format \(--format int4\)"):
+        load(source, hot_experts="0")
 
 
 def test_a_layer_of_another_model_is_refused(
