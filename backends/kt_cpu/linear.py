@@ -42,6 +42,7 @@ class CpuLinearKernel(LinearKernel):
     """See ``LinearKernel``; the precision ``auto`` is chosen as for experts."""
 
     trains = True
+    moves_packed = True
 
     def __init__(
         self,
@@ -90,16 +91,23 @@ class CpuLinearKernel(LinearKernel):
             msg = "weight holds a NaN or an infinity"
             raise ValueError(msg)
 
+    def packed(self) -> torch.Tensor:
+        """See ``LinearKernel.packed``; a copy."""
+        if not self.is_loaded:
+            msg = "the dense layer has no weights: load it first"
+            raise ValueError(msg)
+        return torch.frombuffer(bytearray(self._layer.packed_bytes()), dtype=torch.uint8)
+
+    def load_packed(self, packed: torch.Tensor) -> None:
+        """See ``LinearKernel.load_packed``."""
+        self.map_packed(packed.clone())
+
     def map_packed(self, packed: torch.Tensor) -> bool:
         """See ``LinearKernel.map_packed``."""
         check_on_cpu("packed", packed)
         check_packed(packed, LinearLayout.of(self.spec, self.weight_format))
         self._layer.map_packed(packed.data_ptr(), packed)
         return True
-
-    def packed_bytes(self) -> bytes:
-        """Return a copy of the packed layer: panels as csrc/format/layout.hpp draws them, bias."""
-        return self._layer.packed_bytes()
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """See ``LinearKernel.apply``. float16 is computed as float32."""

@@ -13,13 +13,17 @@ from kt_core.types import (
     DeviceInfo,
     Element,
     Format,
+    LinearSpec,
     MoeSpec,
 )
 from kt_sim import build
 from kt_sim.settings import Settings, from_environment
 
 if TYPE_CHECKING:
+    import torch
+
     from kt_sim.kernel import SimExpertKernel
+    from kt_sim.linear import SimLinearKernel
 
 SYMBOL = "kt_sim_launch_host_function"
 
@@ -65,7 +69,7 @@ class SimBackend(Backend):
     def capabilities(self, device: str) -> Capabilities:
         """See ``Backend.capabilities``."""
         del device
-        return Capabilities(elements=frozenset(Element))
+        return Capabilities(elements=frozenset(Element), computes_dense=True)
 
     def open(self, device: str, *, threads: int | None = None) -> ExpertDevice:
         """Make ``sim`` this process's accelerator. The one thread is the stream's."""
@@ -116,6 +120,34 @@ class SimDevice(ExpertDevice):
         precision: ActivationPrecision = ActivationPrecision.AUTO,
     ) -> SimExpertKernel:
         """See ``ExpertDevice.expert_kernel``. Memory is taken expert by expert, as they come."""
+        where = self._check(weight_format, precision)
+        from kt_sim.kernel import SimExpertKernel
+
+        return SimExpertKernel(where, spec, weight_format, precision, self._decoded)
+
+    def linear_bytes(self, spec: LinearSpec, weight_format: Format) -> int:
+        """See ``ExpertDevice.linear_bytes``."""
+        from kt_core.packed import LinearLayout
+
+        return LinearLayout.of(spec, weight_format).size_bytes
+
+    def linear_kernel(
+        self,
+        spec: LinearSpec,
+        weight_format: Format,
+        *,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> SimLinearKernel:
+        """See ``ExpertDevice.linear_kernel``."""
+        where = self._check(weight_format, precision)
+        from kt_sim.linear import SimLinearKernel
+
+        return SimLinearKernel(where, spec, weight_format, precision)
+
+    def _check(self, weight_format: Format, precision: ActivationPrecision) -> torch.device:
+        """Return the device if it is open and computes with this precision."""
+        import torch
+
         if self._is_closed:
             msg = "the device is closed"
             raise RuntimeError(msg)
@@ -125,12 +157,7 @@ class SimDevice(ExpertDevice):
                 f"simulated device; choose {' or '.join(_PRECISIONS)}, or auto"
             )
             raise UnsupportedFormatError(msg)
-        import torch
-
-        from kt_sim.kernel import SimExpertKernel
-
-        where, decoded = torch.device(self.info.torch_device), self._decoded
-        return SimExpertKernel(where, spec, weight_format, precision, decoded)
+        return torch.device(self.info.torch_device)
 
     def close(self) -> None:
         """Make no more kernels. Streams and memory are the process's, and stay."""

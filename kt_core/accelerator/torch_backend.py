@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kt_core.errors import BackendUnavailableError, DeviceError, UnsupportedFormatError
-from kt_core.interfaces import Backend, ExpertDevice, ExpertKernel, HostFunctions
+from kt_core.interfaces import Backend, ExpertDevice, ExpertKernel, HostFunctions, LinearKernel
 from kt_core.types import (
     ActivationPrecision,
     Capabilities,
     DeviceInfo,
     Format,
+    LinearSpec,
     MoeSpec,
 )
 
@@ -51,6 +52,19 @@ class TorchBackend(Backend):
         precision: ActivationPrecision,
     ) -> ExpertKernel:
         """Make a kernel; format and precision have been checked."""
+
+    def linear_kernel(
+        self,
+        device: torch.device,
+        spec: LinearSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+    ) -> LinearKernel:
+        """Make the kernel of a dense layer, where ``what_it_computes`` says that there are any.
+
+        Format and precision have been checked; a layer takes the bytes of a packed one.
+        """
+        raise NotImplementedError
 
     def host_functions(self, device: DeviceInfo) -> HostFunctions | None:
         """Return what calls host functions in stream order; None where there is no such call.
@@ -139,6 +153,32 @@ class TorchExpertDevice(ExpertDevice):
         precision: ActivationPrecision = ActivationPrecision.AUTO,
     ) -> ExpertKernel:
         """See ``ExpertDevice.expert_kernel``."""
+        device = self._check(weight_format, precision)
+        return self._backend.kernel(device, spec, weight_format, precision)
+
+    def linear_bytes(self, spec: LinearSpec, weight_format: Format) -> int:
+        """See ``ExpertDevice.linear_bytes``."""
+        if not self.capabilities.computes_dense:
+            return super().linear_bytes(spec, weight_format)
+        from kt_core.packed import LinearLayout
+
+        return LinearLayout.of(spec, weight_format).size_bytes
+
+    def linear_kernel(
+        self,
+        spec: LinearSpec,
+        weight_format: Format,
+        *,
+        precision: ActivationPrecision = ActivationPrecision.AUTO,
+    ) -> LinearKernel:
+        """See ``ExpertDevice.linear_kernel``."""
+        if not self.capabilities.computes_dense:
+            return super().linear_kernel(spec, weight_format, precision=precision)
+        device = self._check(weight_format, precision)
+        return self._backend.linear_kernel(device, spec, weight_format, precision)
+
+    def _check(self, weight_format: Format, precision: ActivationPrecision) -> torch.device:
+        """Return the device if it is open and computes this format with this precision."""
         import torch
 
         if self._is_closed:
@@ -147,8 +187,8 @@ class TorchExpertDevice(ExpertDevice):
         if not self.capabilities.computes(weight_format):
             known = sorted(self.capabilities.elements | self.capabilities.formats)
             msg = (
-                f"{self.info.name} cannot compute format {weight_format.name!r}: its experts are "
-                f"{', '.join(known)}; choose one of them, or leave these experts on the cpu"
+                f"{self.info.name} cannot compute format {weight_format.name!r}: its weights are "
+                f"{', '.join(known)}; choose one of them, or leave these layers on the cpu"
             )
             raise UnsupportedFormatError(msg)
         allowed = self._backend.precisions
@@ -158,8 +198,7 @@ class TorchExpertDevice(ExpertDevice):
                 f"{' or '.join(p.value for p in allowed)}, or auto"
             )
             raise UnsupportedFormatError(msg)
-        device = torch.device(self.info.torch_device)
-        return self._backend.kernel(device, spec, weight_format, precision)
+        return torch.device(self.info.torch_device)
 
     def close(self) -> None:
         """Make no more kernels, and call the host no more."""

@@ -30,9 +30,11 @@ class _Mapping:
     packed: torch.Tensor
 
     def load(self) -> None:
-        """Let the kernel use the bytes where they are, or give it the numbers."""
+        """Let the kernel use the bytes where they are, or copy them, or give it the numbers."""
         kernel = self.kernel
-        if not kernel.map_packed(self.packed):
+        if kernel.moves_packed:
+            kernel.map_packed(self.packed)
+        else:
             kernel.load(*unpack_linear(self.packed, kernel.spec, kernel.weight_format))
 
 

@@ -25,11 +25,13 @@ class LinearKernel(ABC):
         weight_format: How the weights are stored.
         trains: Whether ``apply_training`` and ``grad_input`` can be called. As the device's
             ``Capabilities.trains``.
+        moves_packed: Whether ``packed``, ``load_packed`` and ``map_packed`` can be called.
     """
 
     spec: LinearSpec
     weight_format: Format
     trains: bool = False
+    moves_packed: bool = False
 
     @property
     @abstractmethod
@@ -58,22 +60,51 @@ class LinearKernel(ABC):
                 format, or a number is NaN or infinite.
         """
 
+    def packed(self) -> torch.Tensor:
+        """Return the loaded layer's packed bytes, ``[bytes]`` uint8, on the kernel's device.
+
+        Panels, then the bias, as kt_core/packed/ describes, the same on every device. A view or a
+        copy, which must not be written to and is valid until the layer is loaded again.
+
+        Raises:
+            ValueError: Nothing is loaded, or ``moves_packed`` is False.
+        """
+        raise ValueError(self._why_unmoved())
+
+    def load_packed(self, packed: torch.Tensor) -> None:
+        """Load the layer from what ``packed`` of another kernel returned: a copy.
+
+        On a device with streams the copy is put into the current stream.
+
+        Raises:
+            ValueError: ``packed`` is not ``[bytes]`` uint8 of such a layer, or ``moves_packed`` is
+                False.
+        """
+        del packed
+        raise ValueError(self._why_unmoved())
+
     def map_packed(self, packed: torch.Tensor) -> bool:
-        """Use packed bytes where they are, if the kernel can: instead of ``load``.
+        """As ``load_packed``, but use the bytes where they are, if the kernel can.
 
         Args:
-            packed: ``[bytes]`` uint8 on the host, at an address that is a multiple of 64: panels,
-                then the bias, as kt_core/packed/ describes. Of a mapped file, for instance.
+            packed: On the host, at an address that is a multiple of 64. Of a mapped file, for
+                instance.
 
         Returns:
             Whether the kernel keeps ``packed``, which then must not change until the layer is
-            loaded again. By default nothing is done, and the numbers must be given to ``load``.
+            loaded again. By default, and on devices with memory of their own, it is copied.
 
         Raises:
-            ValueError: ``packed`` is not ``[bytes]`` uint8 of such a layer.
+            ValueError: As for ``load_packed``.
         """
-        del packed
+        self.load_packed(packed)
         return False
+
+    def _why_unmoved(self) -> str:
+        return (
+            f"{type(self).__name__} takes no packed bytes, or has none: load the layer's weights "
+            "instead"
+        )
 
     @abstractmethod
     def apply(self, x: torch.Tensor) -> torch.Tensor:

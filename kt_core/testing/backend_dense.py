@@ -14,6 +14,7 @@ import torch
 
 from kt_core.errors import UnsupportedDenseError, UnsupportedTrainingError
 from kt_core.interfaces import ExpertDevice, LinearKernel, WeightFormat
+from kt_core.packed.codec import pack_linear
 from kt_core.testing import reference_linear as linear_reference
 from kt_core.testing.backend_harness import (
     SPEC,
@@ -80,7 +81,10 @@ class BackendDense(BackendHarness):
                     self.check_dense(device, spec, weight_format, random_rows(3, inputs))
 
     def test_dense_rows_of_any_shape(self) -> None:
-        """Any strides, any leading dimensions, none at all; the arguments stay as they are."""
+        """Any strides, any leading dimensions, none at all; the arguments stay as they are.
+
+        The same number of rows gives the same bits; another number may take another kernel.
+        """
         rows = random_rows(6, 160)
         with self._dense() as device:
             kernel = self._accurate_dense(device, self.computed_formats()[0])
@@ -93,7 +97,7 @@ class BackendDense(BackendHarness):
                     rows.view(3, 2, 160).transpose(0, 1),
                     want.view(3, 2, 72).transpose(0, 1),
                 ),
-                "a vector": (rows[2], want[2]),
+                "a vector": (rows[2], self.apply(kernel, rows[2:3])[0]),
                 "no row": (rows.view(2, 3, 160)[:, :0], want.view(2, 3, 72)[:, :0]),
             }
             for what, (given, expected) in cases.items():
@@ -143,6 +147,36 @@ class BackendDense(BackendHarness):
             assert not kernel.is_loaded, "after an error nothing is loaded"
             with refuses("computing without weights"):
                 self.apply(kernel, random_rows(1, 160))
+
+    def test_packed_dense_bytes(self, weight_format: WeightFormat) -> None:
+        """Those of every device: taken from one kernel, they make another the same."""
+        weight, bias = random_dense(DENSE)
+        rows = random_rows(3, 160)
+        with self._dense() as device:
+            kernel, other = (self._dense_kernel(device, weight_format) for _ in range(2))
+            if not kernel.moves_packed:
+                with refuses("handing out packed bytes"):
+                    kernel.packed()
+                pytest.skip(f"device {device.info.name!r} does not move packed layers")
+            with refuses("handing out what is not loaded"):
+                kernel.packed()
+            kernel.load(weight, bias)
+            packed = kernel.packed().cpu()
+            want = pack_linear(
+                weight_format.quantize(weight), bias, DENSE, weight_format.descriptor
+            )
+            assert torch.equal(packed, want)
+            other.load_packed(want.clone())
+            assert torch.equal(self.apply(other, rows), self.apply(kernel, rows))
+            other.map_packed(want)
+            assert torch.equal(self.apply(other, rows), self.apply(kernel, rows))
+            for what, bad in {
+                "bytes one short": want[1:],
+                "bytes of another type": want.view(torch.int8),
+                "bytes with gaps": torch.stack([want, want], 1)[:, 0],
+            }.items():
+                with refuses(what):
+                    other.load_packed(bad)
 
     def test_dense_weights_in_any_form(self, weight_format: WeightFormat) -> None:
         """Views, other types, quantised before or by ``load``: the same bits. Nothing is kept."""

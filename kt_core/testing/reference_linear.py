@@ -12,6 +12,7 @@ import torch
 
 from kt_core.interfaces import LinearKernel, QuantizedTensor, WeightFormat
 from kt_core.interfaces.checks import check_linear, check_linear_finite, check_rows
+from kt_core.packed import codec
 from kt_core.testing import reference
 from kt_core.testing.backward_reference import Bounded, exactly
 from kt_core.testing.reference import INTERMEDIATE_GROUP, UNIT_ROUNDOFF
@@ -84,6 +85,7 @@ class ReferenceLinear(LinearKernel):
     """Keeps the dequantised weights; rounds where ``forward`` and ``grad_input`` do."""
 
     trains = True
+    moves_packed = True
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class ReferenceLinear(LinearKernel):
         self._format = weight_format
         self._precision = precision
         self._layer: Dense | None = None
+        self._packed = torch.empty(0, dtype=torch.uint8)
 
     @property
     def size_bytes(self) -> int:
@@ -115,7 +118,19 @@ class ReferenceLinear(LinearKernel):
         self._layer = None
         check_linear(self.spec, self.weight_format, weight, bias)
         check_linear_finite(weight, bias)
+        if isinstance(weight, torch.Tensor):
+            weight = self._format.quantize(weight)
+        self._packed = codec.pack_linear(weight, bias, self.spec, self.weight_format)
         self._layer = dense(self._format, weight, bias)
+
+    def packed(self) -> torch.Tensor:
+        """See ``LinearKernel.packed``."""
+        self._loaded()
+        return self._packed
+
+    def load_packed(self, packed: torch.Tensor) -> None:
+        """See ``LinearKernel.load_packed``."""
+        self.load(*codec.unpack_linear(packed, self.spec, self.weight_format))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """See ``LinearKernel.apply``."""

@@ -97,6 +97,13 @@ class KeepsTheOldAfterAnError(ReferenceLinear):
             raise
 
 
+class FlipsABit(ReferenceLinear):
+    def load_packed(self, packed: torch.Tensor) -> None:
+        changed = packed.clone()
+        changed[len(changed) // 2] ^= 64
+        super().load_packed(changed)
+
+
 class ReadsCodesFromTheWrongEnd(ReferenceLinear):
     def load(self, weight: Any, bias: Any = None) -> None:
         if isinstance(weight, QuantizedTensor):
@@ -153,6 +160,7 @@ CASES = [
     Case("test_dense_bytes", ClaimsTooFewBytes, INT8),
     Case("test_dense_load_replaces", LoadsOnce, INT8),
     Case("test_dense_load_replaces", KeepsTheOldAfterAnError, INT8),
+    Case("test_packed_dense_bytes", FlipsABit, INT8),
     Case("test_dense_weights_in_any_form", ReadsCodesFromTheWrongEnd, INT8),
     Case("test_dense_weights_in_any_form", KeepsTheBias, INT8),
     Case("test_dense_refuses_what_does_not_fit", ChecksNothing, INT8),
