@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -48,17 +48,16 @@ class _Decoded:
 
     spec: LinearSpec
     weight_format: Format
-    packed: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    weight: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    bias: torch.Tensor | None = None
+    packed: torch.Tensor | None = None
+    numbers: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def of(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return ``[out_features, in_features]`` and the bias."""
-        if not torch.equal(self.packed, packed):
+        if self.packed is None or self.numbers is None or not torch.equal(self.packed, packed):
             self.packed = packed.clone()
-            weight, self.bias = unpack_linear(self.packed, self.spec, self.weight_format)
-            self.weight = ReferenceFormat(self.weight_format).dequantize(weight).float()
-        return self.weight, self.bias
+            weight, bias = unpack_linear(self.packed, self.spec, self.weight_format)
+            self.numbers = ReferenceFormat(self.weight_format).dequantize(weight).float(), bias
+        return self.numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,6 +143,21 @@ class PackedConfig:
     dense: Mapping[str, PackedDense] = field(default_factory=dict)
 
     @property
+    def dense_formats(self) -> frozenset[Format]:
+        """Formats of the packed dense layers."""
+        return frozenset(layer.weight_format for layer in self.dense.values())
+
+    def saved_dense_bytes(self, element_bytes: int) -> int:
+        """Bytes by which packing its dense layers made the model smaller.
+
+        Args:
+            element_bytes: Of an element of a layer that is not packed.
+        """
+        specs = [layer.spec for layer in self.dense.values()]
+        numbers = sum(spec.out_features * (spec.in_features + spec.has_bias) for spec in specs)
+        return numbers * element_bytes - sum(layer.size_bytes for layer in self.dense.values())
+
+    @property
     def version(self) -> int:
         """The lowest version whose readers understand it."""
         return 2 if self.dense else 1

@@ -96,15 +96,12 @@ def plan(
             sequence_length=sequence_length,
         )
         with _planner(outline, described, registry, remeasure, progress) as (planner, device):
-            has_card = planner.machine.card is not None
-            dense = _dense_choices(dense_format, registry, stored, has_card=has_card)
+            is_left = planner.machine.card is not None and _leaves_dense(described, registry)
+            dense = _dense_choices(dense_format, registry, stored, leaves_dense=is_left)
             choices = _choices(weight_format, dense, registry, device, stored)
             chosen = planner.best_plan(choices, wish)
             others = _choices("auto", dense, registry, device, stored)
-            advice = list(advise(planner, chosen, others, wish))
-            if has_card and stored.dense:
-                advice.append(_about_unpacking(outline, stored))
-            report = report_of(model, planner, chosen, wish, advice)
+            report = report_of(model, planner, chosen, wish, advise(planner, chosen, others, wish))
             if plot:
                 _draw(plot, model, planner, chosen, choices)
     _show(report, as_json=as_json)
@@ -227,22 +224,32 @@ def _choices(
     return [Formats(experts=f, dense=d) for d in dense for f in possible]
 
 
+def _leaves_dense(described: Description, registry: Registry) -> bool:
+    """Whether the accelerator that is here leaves dense layers to torch; others are assumed not."""
+    from kt_core.engine.device_choice import choose_devices
+
+    if described.card_memory_bytes is not None:
+        return False
+    _, capabilities = choose_devices("auto", registry).dense
+    return not capabilities.computes_dense
+
+
 def _dense_choices(
-    name: str, registry: Registry, stored: StoredFormats, *, has_card: bool
+    name: str, registry: Registry, stored: StoredFormats, *, leaves_dense: bool
 ) -> list[Format | None]:
     """Return what dense layers may become, best first: what ``kt run`` does, and no more.
 
     Raises:
-        UnsupportedDenseError: A format is asked for on an accelerator.
+        UnsupportedDenseError: A format is asked for on an accelerator that leaves them to torch.
         UnsupportedFormatError: A format is asked for that the packed layers do not have.
     """
     from kt_core.plan.fitting import AUTO_DENSE_FORMATS
 
     asked_for = None if name in ("auto", "none") else registry.formats.get(name).descriptor
-    if has_card:
+    if leaves_dense:
         if asked_for is not None:
             msg = (
-                f"--dense-format {name}: on an accelerator torch computes dense layers, as the "
+                f"--dense-format {name}: on this accelerator torch computes dense layers, as the "
                 "checkpoint has them; leave it out, or plan for the host alone (--vram 0)"
             )
             raise UnsupportedDenseError(msg)
@@ -268,19 +275,6 @@ def _dense_choices(
 
 def _largest(formats: Iterable[Format]) -> Format:
     return max(formats, key=lambda found: (found.bits_per_weight(_MANY_INPUTS), found.name))
-
-
-def _about_unpacking(outline: ModelOutline, stored: StoredFormats) -> str:
-    """Say what becomes of packed dense layers on an accelerator."""
-    from kt_core.plan.units import gigabytes
-
-    packed = outline.packed_dense_bytes(_largest(stored.dense))
-    unpacked = packed + outline.saved_bytes(_largest(stored.dense))
-    names = ", ".join(sorted(found.name for found in stored.dense))
-    return (
-        f"dense layers are packed as {names}, and unpacked on the accelerator, where they take "
-        f"{gigabytes(unpacked)} instead of {gigabytes(packed)}"
-    )
 
 
 def _draw(file: Path, model: str, planner: Planner, chosen: Plan, choices: list[Formats]) -> None:

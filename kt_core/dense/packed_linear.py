@@ -20,15 +20,17 @@ class PackedLinear(nn.Module):
         was_read: Whether somebody asked for ``weight`` or ``bias``.
     """
 
-    def __init__(self, kernel: LinearKernel, dtype: torch.dtype) -> None:
-        """Take the kernel, and the type that ``weight`` shall say it has."""
+    def __init__(
+        self, kernel: LinearKernel, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        """Take the kernel, and the type and the device that ``weight`` shall say it has."""
         super().__init__()
         self.kernel = kernel
         self.in_features = kernel.spec.in_features
         self.out_features = kernel.spec.out_features
         self.was_read = False
         # One number, seen as a matrix.
-        nan = torch.full((1, 1), torch.nan, dtype=dtype, device="cpu")
+        nan = torch.full((1, 1), torch.nan, dtype=dtype, device=device)
         self._weight = nan.expand(self.out_features, self.in_features)
         self._number = number_of(kernel)
 

@@ -139,13 +139,16 @@ class Accelerators:
         """Memory that the devices have left for experts."""
         return sum(self._rooms)
 
-    def make_room(self, outline: ModelOutline, *, graph: bool, unpacks_dense: bool) -> None:
+    def make_room(
+        self, outline: ModelOutline, saved_dense_bytes: int, *, graph: bool, advice: str
+    ) -> None:
         """Find what is left for experts: on the first device, beside the dense part and a cache.
 
         Args:
             outline: The model.
+            saved_dense_bytes: By how much packed dense layers make it smaller.
             graph: Whether steps are replayed from graphs, whose caches keep all tokens.
-            unpacks_dense: Whether dense layers are packed on disk: said where they do not fit.
+            advice: What to know, or to do, about a dense part that does not fit.
 
         Raises:
             NotEnoughMemoryError: Not even these fit.
@@ -159,15 +162,14 @@ class Accelerators:
         ]
         context = min(CONTEXT, outline.max_context or CONTEXT)
         prompt = min(PROMPT, context)
-        needed = sum(computing_bytes(outline, context, prompt, keeps_all=graph).values())
+        parts = computing_bytes(outline, context, prompt, saved_dense_bytes, keeps_all=graph)
+        needed = sum(parts.values())
         if needed > self._rooms[0]:
             needed += usable[0] - self._rooms[0]
-            unpacked = ", unpacked for torch," if unpacks_dense else ""
             msg = (
-                f"the dense part{unpacked} with a cache of {context} tokens takes "
-                f"{needed / 1e9:.2f} GB on {self.devices[0].info.name}, which has "
-                f"{usable[0] / 1e9:.2f} GB: take a larger device, or run on the host "
-                f"(--device {self.host.info.name})"
+                f"the dense part with a cache of {context} tokens takes {needed / 1e9:.2f} GB on "
+                f"{self.devices[0].info.name}, which has {usable[0] / 1e9:.2f} GB: {advice}take a "
+                f"larger device, or run on the host (--device {self.host.info.name})"
             )
             raise NotEnoughMemoryError(msg)
         self._rooms[0] -= needed
@@ -231,8 +233,14 @@ class Accelerators:
         with self._lock:
             self.mover.load_now(found, home)
 
+    def take_places(self) -> None:
+        """Let layers know where experts are, once these are loaded: the model runs from now on."""
+        for layer in self.hybrid.layers:
+            layer.refresh_placement()
+        self.hybrid.pass_by_host()
+
     def start(self, dtype: torch.dtype) -> None:
-        """Measure the rates, and begin to follow the routing: every expert is where it shall be.
+        """Measure the rates, and begin to follow the routing.
 
         Args:
             dtype: Of the hidden states.
@@ -240,9 +248,8 @@ class Accelerators:
         import numpy as np
 
         assert self._grid is not None
-        for layer in self.hybrid.layers:
-            layer.refresh_placement()
-        self.hybrid.pass_by_host()
+        assert self._counts is not None
+        self._counts.zero_()  # of what was tried out
         self._seen = np.zeros(self._grid.shape, dtype=np.int64)
         link_bytes_per_s = self._measure_link()
         if self._online is not None:

@@ -16,7 +16,7 @@ from kt_core.dense.packed_linear import PackedLinear
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.transformers_tensors import Sources
 from kt_core.errors import UnsupportedDenseError
-from kt_core.interfaces import ExpertsSite, LinearKernel
+from kt_core.interfaces import ExpertDevice, ExpertsSite, LinearKernel
 from kt_core.types import Format
 
 _log = logging.getLogger(__name__)
@@ -91,9 +91,18 @@ class DenseLayers(ABC):
         names: Sequence[str],
         replaced: nn.Linear,
         kernel: LinearKernel,
+        device: ExpertDevice,
     ) -> None:
-        """Put a packed layer in the place of another, wherever that stands."""
-        replacement = PackedLinear(kernel, replaced.weight.dtype)
+        """Put a packed layer in the place of another, wherever that stands.
+
+        Args:
+            model: The model.
+            names: Dotted paths of the layer.
+            replaced: What stands there.
+            kernel: Computes it.
+            device: Whose kernel it is.
+        """
+        replacement = PackedLinear(kernel, replaced.weight.dtype, device.info.torch_device)
         hook.mark_initialised(replacement.weight)
         for name in names:
             parent, _, leaf = name.rpartition(".")
@@ -105,7 +114,7 @@ def _why_not_sensible(model: PreTrainedModel) -> str | None:
     """Run two tokens and one more; return None if all numbers are finite."""
     token = model.config.get_text_config(decoder=True).bos_token_id
     first = token if isinstance(token, int) else 0
-    step, cache = torch.tensor([[first, first]]), None
+    step, cache = torch.tensor([[first, first]], device=model.device), None
     try:
         with torch.inference_mode():
             for _ in range(2):

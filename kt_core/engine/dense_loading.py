@@ -13,13 +13,14 @@ from kt_core.checkpoint import Checkpoint
 from kt_core.engine import transformers_hook as hook
 from kt_core.engine.dense_choice import DenseSite, choose_dense
 from kt_core.engine.dense_layers import DenseLayers
+from kt_core.engine.packed_loading import computes_all
 from kt_core.engine.transformers_tensors import DenseTensor, Sources
 from kt_core.errors import (
     CheckpointError,
     UnsupportedFormatError,
 )
 from kt_core.interfaces import ExpertDevice, ExpertsSite, LinearKernel
-from kt_core.types import ActivationPrecision, Format
+from kt_core.types import ActivationPrecision, Format, LinearSpec
 
 _log = logging.getLogger(__name__)
 
@@ -28,9 +29,17 @@ _FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 @dataclass(frozen=True, slots=True)
 class _Packing:
-    """A kernel and what it is loaded from."""
+    """A kernel and what it is loaded from.
+
+    Attributes:
+        kernel: Computes the layer.
+        packer: Makes a kernel that packs it on the host; None to let ``kernel`` do that.
+        weight: What the checkpoint has.
+        bias: As ``weight``; None without one.
+    """
 
     kernel: LinearKernel
+    packer: Callable[[], LinearKernel] | None
     weight: DenseTensor
     bias: DenseTensor | None
 
@@ -41,12 +50,15 @@ class _Packing:
             CheckpointError: A number is NaN or infinite.
         """
         bias = None if self.bias is None else self.bias.read()
+        packing = self.packer() if self.packer else self.kernel
         try:
-            self.kernel.load(self.weight.read(), bias)
+            packing.load(self.weight.read(), bias)
         except ValueError as error:
             names = ", ".join(self.weight.names())
             msg = f"{self.weight.parameter}: {error} (from {names})"
             raise CheckpointError(msg) from error
+        if packing is not self.kernel:
+            self.kernel.load_packed(packing.packed())
 
 
 class DenseLoader(DenseLayers):
@@ -55,11 +67,24 @@ class DenseLoader(DenseLayers):
     remedy = "Load it with --dense-format none."
 
     def __init__(
-        self, device: ExpertDevice, weight_format: Format, precision: ActivationPrecision
+        self,
+        device: ExpertDevice,
+        weight_format: Format,
+        precision: ActivationPrecision,
+        *,
+        host: ExpertDevice,
     ) -> None:
-        """Take who computes them, what they become, and what becomes of their inputs."""
+        """Take who computes them, what they become, and what becomes of their inputs.
+
+        Args:
+            device: Computes them.
+            weight_format: What they become.
+            precision: What their inputs become.
+            host: Packs them, if it can: ``device`` itself, or faster than an accelerator would.
+        """
         super().__init__()
         self.device = device
+        self.host = host
         self.weight_format = weight_format
         self.precision = precision
         self._sites: list[DenseSite] = []
@@ -86,14 +111,23 @@ class DenseLoader(DenseLayers):
                     site.spec, self.weight_format, precision=self.precision
                 )
                 bias = None if site.bias is None else tensors[site.bias]
-                self._packings.append(_Packing(kernels[parts], tensors[site.weight], bias))
-            self.put(model, site.names, site.module, kernels[parts])
+                packer = self._packer(site.spec, kernels[parts])
+                self._packings.append(_Packing(kernels[parts], packer, tensors[site.weight], bias))
+            self.put(model, site.names, site.module, kernels[parts], self.device)
         self.packed_bytes = sum(packing.kernel.size_bytes for packing in self._packings)
         hook.forget_dense(
             model,
             [name for site in self._sites for name in site.own_parameters],
             [name for tensor in tensors.values() for name in tensor.names()],
         )
+
+    def _packer(self, spec: LinearSpec, kernel: LinearKernel) -> Callable[[], LinearKernel] | None:
+        if self.host is self.device or not kernel.moves_packed:
+            return None
+        if not computes_all(self.host.capabilities, [self.weight_format]):
+            return None
+        packer = partial(self.host.linear_kernel, spec, self.weight_format)
+        return packer if packer().moves_packed else None
 
     def tasks(self) -> list[Callable[[], None]]:
         """See ``DenseLayers.tasks``."""

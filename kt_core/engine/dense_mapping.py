@@ -96,7 +96,7 @@ class DirectoryDense(DenseLayers):
 
 
 class MappedDense(DirectoryDense):
-    """Packed dense layers that a kernel computes."""
+    """Packed dense layers that a kernel computes, where they are or from a copy on its device."""
 
     def __init__(
         self, device: ExpertDevice, packed: PackedDirectory, precision: ActivationPrecision
@@ -120,7 +120,7 @@ class MappedDense(DirectoryDense):
             layer.spec, layer.weight_format, precision=self.precision
         )
         self._mappings.append(_Mapping(kernel, packed))
-        self.put(model, names, module, kernel)
+        self.put(model, names, module, kernel, self.device)
         self.packed_bytes += kernel.size_bytes
 
     def tasks(self) -> list[Callable[[], None]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kt_core.errors import BackendUnavailableError, UnknownNameError
 from kt_core.interfaces import Backend, ExpertDevice
 from kt_core.plugins import Registry
-from kt_core.types import DeviceInfo
+from kt_core.types import Capabilities, DeviceInfo
 
 _HOST = "cpu"  # torch's name for it
 
@@ -27,6 +27,14 @@ class DeviceChoice:
     host: DeviceInfo
     backend: Backend | None = None
     accelerators: tuple[DeviceInfo, ...] = ()
+
+    @property
+    def dense(self) -> tuple[DeviceInfo, Capabilities]:
+        """The device that the dense part lives on, and what it can do."""
+        if self.backend is None:
+            return self.host, self.host_backend.capabilities(self.host.name)
+        first = self.accelerators[0]
+        return first, self.backend.capabilities(first.name)
 
     def open_host(self, threads: int | None) -> ExpertDevice:
         """Start the host's threads."""

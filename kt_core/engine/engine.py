@@ -35,7 +35,12 @@ from kt_core.engine.loading import ExpertLoader, load_model
 from kt_core.engine.model_files import adapters_for, model_config, resolve_model
 from kt_core.engine.outline import outline_model
 from kt_core.engine.packed_cache import cached
-from kt_core.engine.packed_loading import check_asked_format, check_packed_dense, find_packed
+from kt_core.engine.packed_loading import (
+    check_asked_format,
+    check_packed_dense,
+    computes_all,
+    find_packed,
+)
 from kt_core.engine.prefix_cache import PrefixCache
 from kt_core.engine.stats import EngineStats, accelerator_stats
 from kt_core.engine.stored_checkpoint import open_model
@@ -45,6 +50,7 @@ from kt_core.errors import (
     TokenizerError,
 )
 from kt_core.interfaces import ExpertDevice, ExpertKernel, Progress, no_progress
+from kt_core.plan import ModelOutline
 from kt_core.plugins import Registry
 from kt_core.types import ActivationPrecision, Format
 
@@ -140,12 +146,13 @@ def load(
             )
             accelerators = Accelerators(devices.open_accelerators(), opened, wish, chosen_precision)
             accelerators.hybrid.deferral.per_token = defer
+        dense = _dense_layers(opened, accelerators, dense_type, packed_experts, chosen_precision)
+        if accelerators is not None:
             progress("measuring the model", None)
-            accelerators.make_room(
-                outline_model(directory, registry),
-                graph=graph,
-                unpacks_dense=bool(packed_experts and packed_experts.config.dense),
-            )
+            outline = outline_model(directory, registry)
+            saved = _saved_dense_bytes(outline, dense, dense_type)
+            advice = _about_dense(dense, accelerators.devices[0])
+            accelerators.make_room(outline, saved, graph=graph, advice=advice)
         loader = ExpertLoader(
             checkpoint=stored.checkpoint,
             adapters=adapters_for(config_dict["model_type"], registry),
@@ -154,7 +161,7 @@ def load(
             format_name=format,
             precision=chosen_precision,
             progress=progress,
-            dense=_dense_layers(opened, dense_type, packed_experts, chosen_precision, accelerators),
+            dense=dense,
             packed=packed_experts,
             accelerators=accelerators,
         )
@@ -178,18 +185,39 @@ def load(
 
 
 def _dense_layers(
-    device: ExpertDevice,
+    host: ExpertDevice,
+    accelerators: Accelerators | None,
     weight_format: Format | None,
     packed: PackedDirectory | None,
     precision: ActivationPrecision,
-    accelerators: Accelerators | None,
 ) -> DenseLayers | None:
+    device = accelerators.devices[0] if accelerators else host
     if packed is not None and packed.config.dense:
-        if accelerators is not None:
-            name = accelerators.devices[0].info.name
-            return UnpackedDense(packed, accelerators.torch_device, name)
-        return MappedDense(device, packed, precision)
-    return None if weight_format is None else DenseLoader(device, weight_format, precision)
+        if computes_all(device.capabilities, packed.config.dense_formats):
+            return MappedDense(device, packed, precision)
+        assert accelerators is not None
+        return UnpackedDense(packed, accelerators.torch_device, device.info.name)
+    if weight_format is None:
+        return None
+    return DenseLoader(device, weight_format, precision, host=host)
+
+
+def _saved_dense_bytes(
+    outline: ModelOutline, dense: DenseLayers | None, weight_format: Format | None
+) -> int:
+    """Return by how much packed dense layers make the model smaller than its outline says."""
+    if isinstance(dense, MappedDense):
+        return dense.packed.config.saved_dense_bytes(outline.dense_element_bytes)
+    return outline.saved_bytes(weight_format) if dense else 0
+
+
+def _about_dense(dense: DenseLayers | None, device: ExpertDevice) -> str:
+    """Say what to know of the dense part where there is no room for it; maybe nothing."""
+    if isinstance(dense, UnpackedDense):
+        return "its packed layers are unpacked there, for torch; "
+    if dense is None and device.capabilities.computes_dense:
+        return "pack it (--dense-format int8), "
+    return ""
 
 
 class Engine:

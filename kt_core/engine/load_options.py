@@ -38,22 +38,17 @@ def dense_format_of(name: str, registry: Registry, devices: DeviceChoice) -> For
     if name == "none":
         return None
     descriptor = registry.formats.get(name).descriptor
-    if devices.accelerators:
-        msg = (
-            f"--dense-format {name}: on {devices.accelerators[0].name!r} torch computes dense "
-            "layers, as the checkpoint has them; leave it out, or run on the host"
-        )
-        raise UnsupportedDenseError(msg)
-    device = devices.host.name
-    capabilities = devices.host_backend.capabilities(device)
+    device, capabilities = devices.dense
     if not capabilities.computes_dense:
         msg = (
-            f"device {device!r} computes no dense layers, only routed experts: leave them to torch "
-            "(--dense-format none), or choose another device; `kt backends` lists them"
+            f"device {device.name!r} computes no dense layers, only routed experts: leave them to "
+            "torch (--dense-format none), or choose another device; `kt backends` lists them"
         )
         raise UnsupportedDenseError(msg)
     if not capabilities.computes(descriptor):
-        msg = f"device {device!r} computes no dense layers of format {name!r}; see `kt backends`"
+        msg = (
+            f"device {device.name!r} computes no dense layers of format {name!r}; see `kt backends`"
+        )
         raise UnsupportedFormatError(msg)
     return descriptor
 

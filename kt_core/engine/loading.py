@@ -206,7 +206,9 @@ class ExpertLoader:
                 f"{self.format_name!r}; it computes: {', '.join(sorted(others))}"
             )
             raise UnsupportedFormatError(msg)
-        dense_bytes = _dense_bytes(model, sites) + (self.dense.packed_bytes if self.dense else 0)
+        dense_bytes = _dense_bytes(model, sites)
+        if self.dense and not self.accelerators:
+            dense_bytes += self.dense.packed_bytes
         packed = {c.name: c.packed_bytes(self.device.expert_bytes) for c in possible}
         if possible[0].is_stored:  # nothing larger is better than that
             packed = {n: size for n, size in packed.items() if size <= packed[possible[0].name]}
@@ -219,8 +221,8 @@ class ExpertLoader:
         return chosen.formats
 
     def _smaller_format(self) -> str:
-        can_pack = self.dense is None and self.accelerators is None
-        can_pack = can_pack and self.device.capabilities.computes_dense
+        dense = self.accelerators.devices[0] if self.accelerators else self.device
+        can_pack = self.dense is None and dense.capabilities.computes_dense
         return "--format int4" + (", --dense-format int8" if can_pack else "")
 
     def _replace(
@@ -312,12 +314,14 @@ def load_model(
     model.requires_grad_(False)
     model.config.name_or_path = str(directory)
     result: PreTrainedModel = model.eval()
-    if loader.dense:
-        loader.dense.try_out(result)
     if loader.accelerators:
         loader.progress("dense part to the accelerator", None)
         result.to(loader.accelerators.torch_device)  # type: ignore[arg-type]
         result.tie_weights()  # on some devices each got a copy of its own
+        loader.accelerators.take_places()
+    if loader.dense:
+        loader.dense.try_out(result)
+    if loader.accelerators:
         loader.accelerators.start(result.dtype)
         loader.accelerators.hybrid.beside = run_shared_beside(
             result, loader.accelerators.torch_device

@@ -11,7 +11,7 @@ from kt_core.engine.model_files import kind_of, read_config
 from kt_core.errors import CheckpointError, UnsupportedDenseError, UnsupportedFormatError
 from kt_core.interfaces import ExpertDevice, ExpertsSite
 from kt_core.plugins import Registry
-from kt_core.types import Format
+from kt_core.types import Capabilities, Format
 
 
 def find_packed(path: Path, registry: Registry) -> PackedDirectory | None:
@@ -74,7 +74,9 @@ def check_asked_format(packed: PackedDirectory, name: str, registry: Registry) -
 def check_packed_dense(
     packed: PackedDirectory, asked_for: Format | None, devices: DeviceChoice
 ) -> None:
-    """Check that dense layers that are packed can be used as they are; accelerators unpack them.
+    """Check that dense layers that are packed can be used as they are.
+
+    An accelerator that does not compute them gets them unpacked: see ``UnpackedDense``.
 
     Args:
         packed: The packed model.
@@ -86,15 +88,15 @@ def check_packed_dense(
         UnsupportedFormatError: Another format is asked for, or one is not computed.
     """
     formats = {layer.weight_format for layer in packed.config.dense.values()}
-    if not formats or devices.accelerators:
+    device, capabilities = devices.dense
+    if not formats or (devices.accelerators and not computes_all(capabilities, formats)):
         return
     names = ", ".join(sorted(weight_format.name for weight_format in formats))
-    capabilities = devices.host_backend.capabilities(devices.host.name)
     again = "make it again with `kt quant`, without --dense-format"
     if not capabilities.computes_dense:
         msg = (
             f"the dense layers in {packed.directory} are packed as {names}, and device "
-            f"{devices.host.name!r} computes no dense layers: run it on another device, or {again}"
+            f"{device.name!r} computes no dense layers: run it on another device, or {again}"
         )
         raise UnsupportedDenseError(msg)
     if asked_for is not None and {asked_for} != formats:
@@ -103,9 +105,14 @@ def check_packed_dense(
             f"{asked_for.name}: leave --dense-format out, or use the original model"
         )
         raise UnsupportedFormatError(msg)
-    if not all(capabilities.computes(weight_format) for weight_format in formats):
+    if not computes_all(capabilities, formats):
         msg = (
-            f"device {devices.host.name!r} computes no dense layers of {names}, as which those in "
+            f"device {device.name!r} computes no dense layers of {names}, as which those in "
             f"{packed.directory} are packed: run it on another device, or {again}"
         )
         raise UnsupportedFormatError(msg)
+
+
+def computes_all(capabilities: Capabilities, formats: Iterable[Format]) -> bool:
+    """Whether a device computes dense layers of all these formats."""
+    return capabilities.computes_dense and all(capabilities.computes(f) for f in formats)

@@ -203,6 +203,8 @@ def _card(description: Description, here: hardware.Hardware, assumptions: list[s
         "link_bytes_per_s": f"link of {gigabytes(card.link_bytes_per_s)}/s to the accelerator",
     }
     assumptions += [words[name] for name, value in said.items() if value is None]
+    if description.card_memory_bytes:
+        assumptions.append("an accelerator that computes packed dense layers: NVIDIA's or AMD's")
     assumptions.append("80 % of the accelerator's bandwidth and 50 % of its peak are reached")
     rates: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
     return replace(card, **rates)

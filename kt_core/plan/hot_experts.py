@@ -7,7 +7,6 @@ import re
 from kt_core.errors import InvalidRequestError, NotEnoughMemoryError
 from kt_core.interfaces import ExpertGrid
 from kt_core.plan.outline import ModelOutline
-from kt_core.types import Format
 
 # The runtime of an accelerator and what its allocator cannot use.
 CARD_RESERVE_BYTES = 800_000_000
@@ -22,7 +21,7 @@ def computing_bytes(
     outline: ModelOutline,
     context: int,
     prompt: int,
-    dense_format: Format | None = None,
+    saved_dense_bytes: int = 0,
     *,
     keeps_all: bool = False,
 ) -> dict[str, int]:
@@ -32,11 +31,11 @@ def computing_bytes(
         outline: The model.
         context: Tokens that the cache holds.
         prompt: Tokens that are computed at once.
-        dense_format: Of packed dense layers.
+        saved_dense_bytes: By how much packed dense layers make it smaller.
         keeps_all: As for ``ModelOutline.cache_bytes``.
     """
     return {
-        "dense_weights": outline.total_dense_bytes(dense_format),
+        "dense_weights": outline.total_dense_bytes() - saved_dense_bytes,
         "kv_cache": outline.cache_bytes(context, keeps_all=keeps_all),
         "scratch": _scratch_bytes(outline, min(prompt, context)),
     }

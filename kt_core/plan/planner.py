@@ -190,8 +190,9 @@ class Planner:
         outline, card = self.outline, self.machine.card
         specs = [layer.spec for layer in outline.expert_layers]
         experts = packed_bytes(specs, formats.experts, self.expert_bytes)
+        saved = outline.saved_bytes(formats.dense)
         computing = computing_bytes(
-            outline, context, wish.prompt, formats.dense, keeps_all=card is not None
+            outline, context, wish.prompt, saved, keeps_all=card is not None
         )
         if card is None:
             host = {"expert_weights": experts, **computing, "reserve": RESERVE_BYTES}

@@ -1,4 +1,4 @@
-"""A packed model whose dense layers are packed, too, on an accelerator: torch computes them there.
+"""Packed dense layers on an accelerator that computes none: torch does, and they are unpacked.
 
 The model to compare with is transformers' own with the weights that the packed ones stand for.
 """
@@ -10,8 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,86 +18,40 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-import kt_core
-from kt_core import hardware, plugins
-from kt_core.cli.main import run_cli
-from kt_core.engine import Engine
+from kt_core import hardware
 from kt_core.engine.outline import outline_model
-from kt_core.engine.quantize import quantize
-from kt_core.engine.quantize_expert import Method
-from kt_core.engine.quantize_plan import plan_quantization
 from kt_core.errors import CheckpointError, NotEnoughMemoryError, UnsupportedDenseError
-from kt_core.interfaces import no_progress
 from kt_core.plugins import Registry
-from kt_core.quant import BUILT_IN_FORMATS
 from sim import target
-from sim.stories import STORIES, TOLERANCE, kept
+from sim.dense_models import (
+    FAMILIES,
+    Pack,
+    dequantised,
+    difference,
+    formats_of,
+    load,
+    pack,
+    registry,
+    write,
+)
+from sim.stories import TOLERANCE, kept
 from sim.target import NAME, WHERE
 
 pytestmark = pytest.mark.sim
-__all__ = ["kept"]
-
-FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
-# A tied output head; biases; gate and up of shared experts that are two tensors on disk.
-FAMILIES = ("qwen3_moe", "cohere2_moe", "gpt_oss", "deepseek_v3")
-Pack = Callable[..., Path]
+__all__ = ["kept", "pack", "registry"]
 
 
-@pytest.fixture(scope="module")
-def registry() -> Registry:
-    return plugins.load()
+@pytest.fixture(autouse=True)
+def _leaves_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device leaves dense layers to torch."""
+    backend = type(target.BACKEND)
+    real = backend.capabilities
 
+    def without_dense(self: Any, device: str) -> Any:
+        return replace(real(self, device), computes_dense=False)
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Pack:
-    """Return where a packed tiny model of a family is; experts in bf16, which holds them exactly.
-
-    Beside it, in ``source``, is what was packed.
-    """
-
-    @cache
-    def packed(family: str, dense_format: str, dtype: torch.dtype = torch.float32) -> Path:
-        folder = tmp_path_factory.mktemp(family)
-        tiny.save_tiny(family, folder / "source", dtype=dtype)
-        return write(folder / "source", folder / "packed", registry, dense_format)
-
-    return packed
-
-
-def write(source: Path, target: Path, registry: Registry, dense: str, **options: Any) -> Path:
-    plan = plan_quantization(
-        source, registry, weight_format="bf16", method="rtn", dense_format=dense, **options
-    )
-    quantize(plan, target, method=Method.RTN, threads=1, progress=no_progress)
-    return target
-
-
-def load(directory: Path, **options: Any) -> Engine:
-    chosen: dict[str, Any] = {"threads": 1, "precision": "float32", "device": NAME}
-    return kt_core.load(directory, **(chosen | options))
-
-
-def formats_of(directory: Path) -> dict[str, str]:
-    """Formats of the packed dense layers, by their paths."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    layers = config["quantization_config"]["dense"]
-    return {name: entry["format"] for name, entry in layers.items()}
-
-
-def dequantised(truth: PreTrainedModel, formats: dict[str, str]) -> PreTrainedModel:
-    """Give layers what their stored numbers stand for; a tied head gets a weight of its own."""
-    with torch.no_grad():
-        for name, format_name in formats.items():
-            layer, stored = truth.get_submodule(name), FORMATS[format_name]
-            weight = stored.dequantize(stored.quantize(layer.weight))
-            layer.weight = nn.Parameter(weight.to(layer.weight.dtype))
-    return truth
-
-
-def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
+    monkeypatch.setattr(backend, "capabilities", without_dense)
 
 
 @pytest.mark.parametrize("dense_format", ["int8", "int4", "fp8", "mxfp4", "bf16"])
@@ -169,9 +122,9 @@ def test_the_user_is_told_what_it_costs(pack: Pack, caplog: pytest.LogCaptureFix
 
 
 def test_a_format_for_torch_to_compute_is_still_refused(pack: Pack) -> None:
-    with pytest.raises(UnsupportedDenseError, match="leave it out"):
+    with pytest.raises(UnsupportedDenseError, match="computes no dense layers"):
         load(pack("qwen3_moe", "int8"), dense_format="int8")
-    with pytest.raises(UnsupportedDenseError, match="leave it out"):
+    with pytest.raises(UnsupportedDenseError, match="computes no dense layers"):
         load(pack("qwen3_moe", "int8").with_name("source"), dense_format="int8")
 
 
@@ -204,30 +157,21 @@ def test_room_is_made_for_the_unpacked_layers(family: str, pack: Pack, registry:
     head = packed.vocab_size * packed.hidden_size * packed.dense_element_bytes
     more = head if family == "cohere2_moe" else 0
     assert packed.total_dense_bytes() == source.total_dense_bytes() + more
-    with pytest.raises(NotEnoughMemoryError, match="the dense part, unpacked for torch, with"):
+    with pytest.raises(NotEnoughMemoryError, match="are unpacked there, for torch"):
         load(directory, accelerator_memory=packed.total_dense_bytes())
-
-
-def test_the_plan_says_what_is_loaded(
-    tmp_path: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = write(STORIES, tmp_path / "packed", registry, "int8")
-    machine = ["--ram", "8GiB", "--bandwidth", "50GB/s", "--cores", "4", "--vram", "4GiB"]
-    assert run_cli(["plan", str(directory), *machine, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    with load(directory) as engine:
-        stats = engine.stats()
-    assert report["dense_format"] == stats.dense_format == "none"
-    assert report["bytes_by_tier"]["accelerator"]["dense_weights"] == stats.dense_bytes
-    assert any("packed as int8, and unpacked" in sentence for sentence in report["advice"])
 
 
 _MEASURE = """
 import sys, threading
+from dataclasses import replace
+
 import torch
 import kt_core
 from kt_core import hardware
+from kt_sim.backend import SimBackend
 
+real = SimBackend.capabilities
+SimBackend.capabilities = lambda self, name: replace(real(self, name), computes_dense=False)
 warm, model = sys.argv[1:]
 kt_core.load(warm, device="sim", threads=2).close()  # what is imported and allocated once
 def held():
