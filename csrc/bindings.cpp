@@ -295,6 +295,13 @@ void BindLayer(py::module_& m) {
           },
           py::arg("expert"), py::arg("target"))
       .def(
+          "gather_packed",
+          [](const kt::ExpertLayer& layer, const std::vector<int64_t>& experts, uintptr_t target) {
+            const py::gil_scoped_release release;
+            layer.GatherPacked(experts, Pointer<uint8_t>(target));
+          },
+          py::arg("experts"), py::arg("target"))
+      .def(
           "submit",
           [](const std::shared_ptr<kt::ExpertLayer>& layer, uintptr_t hidden, DType type,
              kt::Precision precision, uintptr_t ids, uintptr_t weights, uintptr_t out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -16,7 +17,7 @@ from kt_core.interfaces import (
     QuantizedTensor,
     Ticket,
 )
-from kt_core.interfaces.checks import check_grad_out, check_lora
+from kt_core.interfaces.checks import check_experts, check_grad_out, check_lora
 from kt_core.packed import ExpertLayout
 from kt_core.packed.codec import check_packed
 from kt_core.types import ActivationPrecision, Format, MoeSpec
@@ -263,6 +264,13 @@ class CpuExpertKernel(ExpertKernel):
         packed = torch.empty(self.bytes_per_expert, dtype=torch.uint8)
         self._layer.copy_packed(expert, packed.data_ptr())
         return packed
+
+    def gather_packed(self, experts: Sequence[int], out: torch.Tensor) -> None:
+        """See ``ExpertKernel.gather_packed``. All threads copy, and the GIL is released."""
+        check_experts(self.spec, experts)
+        check_on_cpu("out", out)
+        check_packed(out, ExpertLayout.of(self.spec, self.weight_format), len(experts))
+        self._layer.gather_packed(experts, out.data_ptr())
 
     def load_packed(self, expert: int, packed: torch.Tensor) -> None:
         """See ``ExpertKernel.load_packed``. Releases the GIL while it copies."""

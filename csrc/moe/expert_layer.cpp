@@ -7,6 +7,7 @@
 
 #include "moe/backward_job.hpp"
 #include "moe/forward_job.hpp"
+#include "moe/gather_job.hpp"
 #include "moe/lora_forward_job.hpp"
 
 namespace kt {
@@ -143,6 +144,19 @@ void ExpertLayer::CopyPacked(size_t expert, uint8_t* target) const {
   JoinParts(parts_, layout_, expert, target);
 }
 
+void ExpertLayer::GatherPacked(const std::vector<int64_t>& experts, uint8_t* target) const {
+  for (const int64_t expert : experts) CheckResident(static_cast<size_t>(expert));
+  if (num_mapped_.load(std::memory_order_relaxed) != 0) ReadAhead(experts.data(), experts.size());
+  const auto job = std::make_shared<GatherJob>(parts_, layout_, experts, target);
+  pool_->Submit(job);
+  pool_->Wait(*job);
+}
+
+void ExpertLayer::CheckResident(size_t expert) const {
+  if (!IsResident(expert))
+    throw std::invalid_argument("expert " + std::to_string(expert) + " is not resident");
+}
+
 void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const {
   for (size_t i = 0; i < tokens * top_k; ++i) {
     const int64_t id = expert_ids[i];
@@ -151,8 +165,7 @@ void ExpertLayer::CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_
       throw std::invalid_argument("expert id " + std::to_string(id) + " of token " +
                                   std::to_string(i / top_k) + " is outside -1.." +
                                   std::to_string(spec_.num_experts - 1));
-    if (!IsResident(static_cast<size_t>(id)))
-      throw std::invalid_argument("expert " + std::to_string(id) + " is not resident");
+    CheckResident(static_cast<size_t>(id));
   }
 }
 

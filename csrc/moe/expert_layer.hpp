@@ -125,6 +125,9 @@ class ExpertLayer {
   // Where they lie in one piece; null where nodes have parts of them.
   const uint8_t* Packed(size_t expert) const;
   void CopyPacked(size_t expert, uint8_t* target) const;
+  // As CopyPacked of several experts, one after the other, by all threads of the pool. Throws
+  // std::invalid_argument: an expert is not resident.
+  void GatherPacked(const std::vector<int64_t>& experts, uint8_t* target) const;
 
   // Throws std::invalid_argument: an id is out of range, or an expert is not resident.
   std::shared_ptr<ForwardJob> Submit(const ForwardArgs& args) { return SubmitForward(args, false); }
@@ -143,6 +146,7 @@ class ExpertLayer {
   friend class TrainingJob;
   std::shared_ptr<ForwardJob> SubmitForward(const ForwardArgs& args, bool is_unattended);
   void CheckIds(const int64_t* expert_ids, size_t tokens, size_t top_k) const;
+  void CheckResident(size_t expert) const;
   // The expert lies in the layer's own memory from now on.
   void BringHome(size_t expert);
   // Asks the system to read what is not in memory of the mapped experts that are about to be used.

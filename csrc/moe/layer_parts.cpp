@@ -70,29 +70,8 @@ SourceMatrix RowsFrom(const SourceMatrix& source, const MatrixLayout& layout, si
   return from;
 }
 
-namespace {
-
-// Calls copy(bytes before it in the whole expert, bytes before it in the part, size) for each run
-// of bytes that is one in both.
-template <class Copy>
-void ForEachRun(const LayerPart& part, const ExpertLayout& whole, const Copy& copy) {
-  const ExpertLayout& e = part.layout;
-  copy(whole.GatePanel(part.first_up), 0, e.down_offset);
-  copy(whole.DownPanel(part.first_down), e.down_offset, e.bias_offset - e.down_offset);
-  if (!whole.has_bias) return;
-  const auto bias = [&](size_t of_whole, size_t of_part, size_t first, const MatrixLayout& m) {
-    copy(of_whole + first * kPanel * 4, of_part, m.panels * kPanel * 4);
-  };
-  if (whole.has_gate) bias(whole.GateBias(), e.GateBias(), part.first_up, e.up);
-  bias(whole.UpBias(), e.UpBias(), part.first_up, e.up);
-  bias(whole.DownBias(), e.DownBias(), part.first_down, e.down);
-}
-
-}  // namespace
-
 void JoinParts(const std::vector<LayerPart>& parts, const ExpertLayout& whole, size_t expert,
                uint8_t* target) {
-  if (whole.has_bias) std::memset(target + whole.bias_offset, 0, whole.bytes - whole.bias_offset);
   for (const LayerPart& part : parts)
     ForEachRun(part, whole, [&](size_t of_whole, size_t of_part, size_t bytes) {
       std::memcpy(target + of_whole, part.At(expert) + of_part, bytes);

@@ -34,6 +34,23 @@ std::vector<LayerPart> MakeLayerParts(const ExpertLayout& whole, size_t experts,
 // The source from one of its rows on. `layout` says how wide its rows are.
 SourceMatrix RowsFrom(const SourceMatrix& source, const MatrixLayout& layout, size_t row);
 
+// Calls copy(bytes before it in the whole expert, bytes before it in the part, size) for each run
+// of bytes that is one in both. The runs of all parts are the whole expert: its panels, and 64
+// bytes of biases for each.
+template <class Copy>
+void ForEachRun(const LayerPart& part, const ExpertLayout& whole, const Copy& copy) {
+  const ExpertLayout& e = part.layout;
+  copy(whole.GatePanel(part.first_up), 0, e.down_offset);
+  copy(whole.DownPanel(part.first_down), e.down_offset, e.bias_offset - e.down_offset);
+  if (!whole.has_bias) return;
+  const auto bias = [&](size_t of_whole, size_t of_part, size_t first, const MatrixLayout& m) {
+    copy(of_whole + first * kPanel * 4, of_part, m.panels * kPanel * 4);
+  };
+  if (whole.has_gate) bias(whole.GateBias(), e.GateBias(), part.first_up, e.up);
+  bias(whole.UpBias(), e.UpBias(), part.first_up, e.up);
+  bias(whole.DownBias(), e.DownBias(), part.first_down, e.down);
+}
+
 // One expert's parts put together to the bytes that one node would hold.
 void JoinParts(const std::vector<LayerPart>& parts, const ExpertLayout& whole, size_t expert,
                uint8_t* target);

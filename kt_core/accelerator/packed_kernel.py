@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from kt_core.interfaces import ExpertKernel, ExpertWeights, QuantizedTensor, Ticket
 from kt_core.interfaces.checks import (
     check_expert,
+    check_experts,
     check_finite,
     check_pairs,
     check_resident,
@@ -64,7 +66,9 @@ def check_tensors(
 
 
 class PackedExpertKernel(ExpertKernel):
-    """Keeps each packed expert in a tensor of its own; a subclass computes with them.
+    """Keeps packed experts in tensors on the device; a subclass computes with them.
+
+    What was loaded together lies in one tensor, whose memory goes with the last expert of it.
 
     Which experts are resident is said twice: to the host by a dictionary, to the device by
     ``table``, ``[num_experts]`` int64, an address for each expert or 0. The table lies on the
@@ -136,7 +140,7 @@ class PackedExpertKernel(ExpertKernel):
         parts: dict[str, Any] = {
             name: self._quantized(getattr(weights, name)) for name in _MATRICES
         }
-        self._put(expert, pack(replace(weights, **parts), self.spec, self.weight_format))
+        self._put((expert,), pack(replace(weights, **parts), self.spec, self.weight_format))
 
     def _quantized(self, matrix: torch.Tensor | QuantizedTensor | None) -> QuantizedTensor | None:
         if isinstance(matrix, torch.Tensor):
@@ -155,18 +159,36 @@ class PackedExpertKernel(ExpertKernel):
         """See ``ExpertKernel.load_packed``."""
         check_expert(self.spec, expert)
         check_packed(packed, self._layout)
-        self._put(expert, packed)
+        self._put((expert,), packed)
 
-    def _put(self, expert: int, packed: torch.Tensor) -> None:
+    def load_packed_together(self, experts: Sequence[int], packed: torch.Tensor) -> None:
+        """See ``ExpertKernel.load_packed_together``: one allocation, one copy."""
+        check_experts(self.spec, experts)
+        check_packed(packed, self._layout, len(experts))
+        if experts:
+            self._put(experts, packed)
+
+    def _put(self, experts: Sequence[int], packed: torch.Tensor) -> None:
         """Copy the bytes to memory of their own, then point there: both in the current stream."""
-        held = torch.empty(self._layout.size_bytes, dtype=torch.uint8, device=self.device)
+        held = torch.empty(packed.numel(), dtype=torch.uint8, device=self.device)
         # Pageable memory is copied before this returns, whatever is asked for.
         held.copy_(packed, non_blocking=True)
+        places = held.view(len(experts), -1).unbind()
         with self._lock:
-            self.table[expert].fill_(held.data_ptr())
-            replaced = self._packed.get(expert)
-            self._packed[expert] = held
-            self._release(replaced)
+            self._point(experts, [place.data_ptr() for place in places])
+            for expert, place in zip(experts, places, strict=True):
+                replaced = self._packed.get(expert)
+                self._packed[expert] = place
+                self._release(replaced)
+
+    def _point(self, experts: Sequence[int], addresses: Sequence[int]) -> None:
+        """Put addresses into the table, in the current stream; the host does not wait."""
+        if len(experts) == 1:
+            self.table[experts[0]].fill_(addresses[0])
+            return
+        pinned = torch.tensor([experts, addresses], pin_memory=not self._is_host)
+        there = pinned.to(self.device, non_blocking=True)
+        self.table.index_copy_(0, there[0], there[1])
 
     def unload(self, expert: int) -> None:
         """See ``ExpertKernel.unload``; in the order of the current stream."""
@@ -175,6 +197,14 @@ class PackedExpertKernel(ExpertKernel):
             if held is not None:
                 self.table[expert].fill_(0)
                 self._release(held)
+
+    def unload_all(self) -> None:
+        """See ``ExpertKernel.unload_all``; in the order of the current stream."""
+        with self._lock:
+            self.table.zero_()
+            for held in self._packed.values():
+                self._release(held)
+            self._packed.clear()
 
     def _release(self, held: torch.Tensor | None) -> None:
         """Give memory back once the current stream, which may not be its own, has come this far."""

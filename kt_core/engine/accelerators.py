@@ -251,12 +251,16 @@ class Accelerators:
         assert self._counts is not None
         self._counts.zero_()  # of what was tried out
         self._seen = np.zeros(self._grid.shape, dtype=np.int64)
-        link_bytes_per_s = self._measure_link()
         if self._online is not None:
+            # One budget for all: what the slowest carries, all can.
+            share = LINK_SHARE * min(map(self._measure_link, self.devices))
             largest = max(self._grid.expert_bytes)
-            self._link = LinkBudget(LINK_SHARE * link_bytes_per_s, largest_expert_bytes=largest)
-        if self._can_stream and (pairs_per_s := self._measure_host(dtype)):
-            self.hybrid.streamed.rates = StreamRates(link_bytes_per_s, pairs_per_s)
+            self._link = LinkBudget(share, largest_expert_bytes=largest)
+        streamed = self.hybrid.streamed
+        can_stream = self._can_stream and streamed.can_fill
+        if can_stream and (pairs_per_s := self._measure_host(dtype)):
+            # In this order: the host has read what is mapped.
+            streamed.rates = StreamRates(streamed.measure_fill(), pairs_per_s)
 
     def after_step(self, tokens: int, step_s: float) -> None:
         """Take note of a step that is done, and move experts.
@@ -330,14 +334,16 @@ class Accelerators:
         for device in self.devices:
             device.close()
 
-    def _measure_link(self) -> float:
-        """Return the bytes per second that a copy to the first device reaches."""
+    @staticmethod
+    def _measure_link(device: ExpertDevice) -> float:
+        """Return the bytes per second that a copy to a device reaches."""
+        where = torch.device(device.info.torch_device)
         source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
-        target = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=self.torch_device)
-        torch.accelerator.synchronize(self.torch_device)
+        target = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=where)
+        torch.accelerator.synchronize(where)
         start = time.perf_counter()
         target.copy_(source, non_blocking=True)
-        torch.accelerator.synchronize(self.torch_device)
+        torch.accelerator.synchronize(where)
         return _PROBE_BYTES / (time.perf_counter() - start)
 
     def _measure_host(self, dtype: torch.dtype) -> float | None:

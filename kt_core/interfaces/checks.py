@@ -6,15 +6,16 @@ For backends written in Python, and for the Python side of others. Each function
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from kt_core.interfaces.expert_kernel import ExpertWeights, LoraWeights
 from kt_core.interfaces.weight_format import QuantizedTensor, stored_parts
 from kt_core.types import Format, LinearSpec, MoeSpec
 
 if TYPE_CHECKING:
     import torch
+
+    from kt_core.interfaces.expert_kernel import ExpertWeights, LoraWeights
 
 
 def check_expert(spec: MoeSpec, expert: int) -> None:
@@ -22,6 +23,34 @@ def check_expert(spec: MoeSpec, expert: int) -> None:
     if not 0 <= expert < spec.num_experts:
         msg = f"expert must be in 0..{spec.num_experts - 1}, got {expert}"
         raise ValueError(msg)
+
+
+def check_experts(spec: MoeSpec, experts: Sequence[int]) -> None:
+    """Refuse experts the layer does not have, and such as are named twice."""
+    for expert in experts:
+        check_expert(spec, expert)
+    if len(set(experts)) != len(experts):
+        msg = f"each expert may be named once, got {list(experts)}"
+        raise ValueError(msg)
+
+
+def check_together(spec: MoeSpec, experts: Sequence[int], packed: torch.Tensor) -> int:
+    """Refuse bytes that cannot be those of so many experts; return how many each has.
+
+    Whether it is the right number: see ``kt_core.packed.codec.check_packed``.
+    """
+    import torch
+
+    check_experts(spec, experts)
+    count = len(experts)
+    is_bytes = packed.dim() == 1 and packed.dtype is torch.uint8 and packed.is_contiguous()
+    if not is_bytes or (packed.numel() % count if count else packed.numel()):
+        msg = (
+            f"the packed bytes of {count} experts are uint8 in one piece, as many of each, got "
+            f"{packed.dtype} {list(packed.shape)}"
+        )
+        raise ValueError(msg)
+    return packed.numel() // count if count else 0
 
 
 def check_weights(spec: MoeSpec, weight_format: Format, weights: ExpertWeights) -> None:

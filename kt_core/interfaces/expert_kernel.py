@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kt_core.errors import UnsupportedTrainingError
+from kt_core.interfaces.checks import check_together
 from kt_core.interfaces.host_functions import HostCall
 from kt_core.interfaces.weight_format import QuantizedTensor
 from kt_core.types import ActivationPrecision, Format, MoeSpec
@@ -108,7 +110,7 @@ class ExpertKernel(ABC):
         weight_format: How the weights are stored.
         trains: Whether ``submit_training`` and ``backward`` can be called. As the device's
             ``Capabilities.trains``.
-        moves_packed: Whether ``packed`` and ``load_packed`` can be called.
+        moves_packed: Whether ``packed``, ``load_packed`` and their like can be called.
     """
 
     spec: MoeSpec
@@ -174,6 +176,46 @@ class ExpertKernel(ABC):
         del packed
         raise ValueError(self._why_unmoved(expert))
 
+    def gather_packed(self, experts: Sequence[int], out: torch.Tensor) -> None:
+        """Write the packed bytes of several experts to host memory, one after the other.
+
+        They are there when it returns. By default each is copied by itself: a kernel in host memory
+        should use all its threads, since this is what long prompts wait for.
+
+        Args:
+            experts: Resident ones, in any order, each once.
+            out: ``[len(experts) * bytes]`` uint8 on the host, pinned or not.
+
+        Raises:
+            ValueError: An expert is not resident or named twice, ``out`` does not fit, or
+                ``moves_packed`` is False. ``out`` may then hold anything.
+        """
+        size = check_together(self.spec, experts, out)
+        for index, expert in enumerate(experts):
+            packed = self.packed(expert)
+            if packed.numel() != size:
+                msg = f"a packed expert of this layer is {packed.numel()} bytes, out has {size}"
+                raise ValueError(msg)
+            out[index * size : (index + 1) * size].copy_(packed)
+
+    def load_packed_together(self, experts: Sequence[int], packed: torch.Tensor) -> None:
+        """As ``load_packed`` of several experts, whose bytes lie one after the other.
+
+        By default each is loaded by itself. A device with memory of its own should copy them at
+        once: a layer of small experts is bound by what is done for each.
+
+        Args:
+            experts: In any order, each once.
+            packed: ``[len(experts) * bytes]`` uint8.
+
+        Raises:
+            ValueError: An expert is out of range or named twice, ``packed`` does not fit, or
+                ``moves_packed`` is False. No expert has changed.
+        """
+        size = check_together(self.spec, experts, packed)
+        for index, expert in enumerate(experts):
+            self.load_packed(expert, packed[index * size : (index + 1) * size])
+
     def map_packed(self, expert: int, packed: torch.Tensor) -> bool:
         """As ``load_packed``, but use the bytes where they are, if the kernel can.
 
@@ -200,6 +242,11 @@ class ExpertKernel(ABC):
     @abstractmethod
     def unload(self, expert: int) -> None:
         """Give the memory of one expert back; does nothing when it is not resident."""
+
+    def unload_all(self) -> None:
+        """Give the memory of all experts back. By default one by one."""
+        for expert in self.resident():
+            self.unload(expert)
 
     @abstractmethod
     def resident(self) -> frozenset[int]:

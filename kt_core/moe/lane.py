@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kt_core.interfaces import ExpertKernel, ExpertWeights, HostCall, HostCallTimes
@@ -49,9 +51,21 @@ class Lane(ExpertKernel):
         """See ``ExpertKernel.load_packed``."""
         self.kernel.load_packed(expert, packed)
 
+    def gather_packed(self, experts: Sequence[int], out: torch.Tensor) -> None:
+        """See ``ExpertKernel.gather_packed``."""
+        self.kernel.gather_packed(experts, out)
+
+    def load_packed_together(self, experts: Sequence[int], packed: torch.Tensor) -> None:
+        """See ``ExpertKernel.load_packed_together``."""
+        self.kernel.load_packed_together(experts, packed)
+
     def unload(self, expert: int) -> None:
         """See ``ExpertKernel.unload``."""
         self.kernel.unload(expert)
+
+    def unload_all(self) -> None:
+        """See ``ExpertKernel.unload_all``."""
+        self.kernel.unload_all()
 
     def resident(self) -> frozenset[int]:
         """See ``ExpertKernel.resident``."""

@@ -137,13 +137,13 @@ def pack_linear(
     return functional.pad(packed, (0, layout.size_bytes - packed.numel()))
 
 
-def check_packed(packed: torch.Tensor, layout: ExpertLayout | LinearLayout) -> None:
-    """Refuse what cannot be the bytes of such an expert, or dense layer.
+def check_packed(packed: torch.Tensor, layout: ExpertLayout | LinearLayout, count: int = 1) -> None:
+    """Refuse what cannot be the bytes of such an expert, or dense layer, or of ``count`` of them.
 
     Raises:
-        ValueError: ``packed`` is not ``[bytes]`` uint8 in one piece.
+        ValueError: ``packed`` is not ``[count * bytes]`` uint8 in one piece.
     """
-    if packed.shape == (layout.size_bytes,) and packed.dtype is torch.uint8:
+    if packed.shape == (count * layout.size_bytes,) and packed.dtype is torch.uint8:
         if packed.is_contiguous():
             return
         msg = "packed bytes must be in one piece: call contiguous() on them"
@@ -153,7 +153,8 @@ def check_packed(packed: torch.Tensor, layout: ExpertLayout | LinearLayout) -> N
         what = f"a packed {layout.weight.weight_format.name} layer of this shape"
     else:
         what = f"a packed {layout.up.weight_format.name} expert of this layer"
-    msg = f"{what} is [{layout.size_bytes}] torch.uint8, got {got}"
+    times = "" if count == 1 else f"{count} * "
+    msg = f"{what} is [{times}{layout.size_bytes}] torch.uint8, got {got}"
     raise ValueError(msg)
 
 

@@ -38,7 +38,7 @@ class LoadingRules(BackendHarness):
             self.check_kernel(kernel, weight_format, experts, pairs)
 
     def test_resident_and_unload(self) -> None:
-        """``resident`` follows ``load`` and ``unload``; unloading twice does nothing."""
+        """``resident`` follows ``load`` and what unloads; unloading twice does nothing."""
         weight_format, experts = self.computed_formats()[0], random_layer(SPEC)
         with self.open() as device:
             kernel = self.accurate_kernel(device, SPEC, weight_format)
@@ -54,6 +54,12 @@ class LoadingRules(BackendHarness):
             assert kernel.resident() == {0, 1, 3}
             ids = torch.tensor([[1, 0], [3, 1]])
             pairs = replace(random_pairs(SPEC, 2), expert_ids=ids)
+            self.check_kernel(kernel, weight_format, experts, pairs)
+            for _ in range(2):
+                kernel.unload_all()
+                assert kernel.resident() == frozenset()
+            for index in (3, 1, 0):
+                kernel.load(index, experts[index])
             self.check_kernel(kernel, weight_format, experts, pairs)
 
     def test_bytes(self, weight_format: WeightFormat) -> None:

@@ -22,6 +22,7 @@ from kt_core.interfaces import (
     QuantizedTensor,
     Ticket,
 )
+from kt_core.packed import ExpertLayout
 from kt_core.quant import BUILT_IN_FORMATS
 from kt_core.testing import (
     ACTIVATIONS,
@@ -218,6 +219,48 @@ class LoadsPackedOnce(ReferenceKernel):
 class LoadsAnyBytes(ReferenceKernel):
     def load_packed(self, expert: int, packed: torch.Tensor) -> None:
         self._packed[expert] = packed
+
+
+class GathersInAscendingOrder(ReferenceKernel):
+    def gather_packed(self, experts: Sequence[int], out: torch.Tensor) -> None:
+        super().gather_packed(sorted(experts), out)
+
+
+class GathersWhereverItIsTold(ReferenceKernel):
+    def gather_packed(self, experts: Sequence[int], out: torch.Tensor) -> None:
+        for packed in map(self._packed.get, experts):
+            if packed is not None and out.numel() >= packed.numel():
+                out.flatten()[: packed.numel()] = packed
+
+
+class LoadsTogetherInAscendingOrder(ReferenceKernel):
+    def load_packed_together(self, experts: Sequence[int], packed: torch.Tensor) -> None:
+        super().load_packed_together(sorted(experts), packed)
+
+
+class UnloadsWhatCameTogether(ReferenceKernel):
+    together: Sequence[int] = ()
+
+    def load_packed_together(self, experts: Sequence[int], packed: torch.Tensor) -> None:
+        super().load_packed_together(experts, packed)
+        self.together = experts
+
+    def unload(self, expert: int) -> None:
+        for one in self.together if expert in self.together else (expert,):
+            super().unload(one)
+
+
+class LoadsSomeBeforeItChecks(ReferenceKernel):
+    def load_packed_together(self, experts: Sequence[int], packed: torch.Tensor) -> None:
+        parts = packed.split(ExpertLayout.of(self.spec, self.weight_format).size_bytes)
+        for expert, part in zip(experts, parts, strict=True):
+            self.load_packed(expert, part)
+
+
+class UnloadsAllButOne(ReferenceKernel):
+    def unload_all(self) -> None:
+        for expert in sorted(self.resident())[1:]:
+            self.unload(expert)
 
 
 class ChecksNothing(ReferenceKernel):
@@ -463,6 +506,7 @@ CASES = [
     Case("test_load_replaces", LoadsOnce, INT8),
     Case("test_resident_and_unload", NeverUnloads),
     Case("test_resident_and_unload", CallsEveryExpertResident),
+    Case("test_resident_and_unload", UnloadsAllButOne),
     Case("test_bytes", ClaimsTooFewBytes, INT8),
     Case("test_load_refuses_what_does_not_fit", LoadsAnything, INT8),
     Case("test_load_refuses_numbers_that_are_not_finite", LoadsAnything, INT8),
@@ -474,6 +518,11 @@ CASES = [
     Case("test_load_packed", KeepsThePackedBytes, INT8),
     Case("test_load_packed", LoadsPackedOnce, INT8),
     Case("test_load_packed_refuses_what_does_not_fit", LoadsAnyBytes, INT8),
+    Case("test_gather_packed", GathersInAscendingOrder, INT8),
+    Case("test_gather_packed_refuses_what_does_not_fit", GathersWhereverItIsTold, INT8),
+    Case("test_load_packed_together", LoadsTogetherInAscendingOrder, INT8),
+    Case("test_load_packed_together", UnloadsWhatCameTogether, INT8),
+    Case("test_load_packed_together_refuses_what_does_not_fit", LoadsSomeBeforeItChecks, INT8),
     Case("test_submit_refuses_what_does_not_fit", ChecksNothing),
     Case("test_ids_that_the_kernel_does_not_hold", ChecksNothing),
     Case("test_submit_does_not_change_its_arguments", ScalesHiddenStatesInPlace),

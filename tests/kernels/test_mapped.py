@@ -88,6 +88,9 @@ def test_nothing_behind_an_expert_is_read(
             assert mapped.packed(expert).data_ptr() == guarded.tensor.data_ptr()
             want.load_packed(expert, owned.packed(expert))
         assert torch.equal(output(mapped, tokens), output(want, tokens))
+    gathered = torch.empty(SPEC.num_experts * mapped.bytes_per_expert, dtype=torch.uint8)
+    mapped.gather_packed(range(SPEC.num_experts), gathered)
+    assert torch.equal(gathered, torch.cat([want.packed(e) for e in range(SPEC.num_experts)]))
 
 
 def read_only(file: Path) -> torch.Tensor:

@@ -172,6 +172,10 @@ def test_packed_bytes_do_not_know_of_nodes(
     assert got.bytes_per_expert == want.bytes_per_expert
     for expert in range(spec.num_experts):
         assert packed_bytes(got, expert) == packed_bytes(want, expert)
+    backwards = range(spec.num_experts)[::-1]
+    gathered = torch.empty(spec.num_experts * got.bytes_per_expert, dtype=torch.uint8)
+    got.gather_packed(backwards, gathered)
+    assert torch.equal(gathered, torch.cat([want.packed(expert) for expert in backwards]))
 
 
 @pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)

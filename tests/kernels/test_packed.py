@@ -184,6 +184,25 @@ def test_a_view_keeps_the_layer(device: CpuDevice) -> None:
     assert view.numpy().tobytes() == want
 
 
+@pytest.mark.parametrize("offset", [0, 1, 63])
+def test_large_experts_are_gathered_in_pieces(offset: int) -> None:
+    """Of a MiB and what is left, by three threads, to any address."""
+    spec = MoeSpec(num_experts=3, hidden_size=1000, intermediate_size=700)
+    with device_for(threads=3) as device:
+        kernel = device.expert_kernel(spec, FORMATS["int8"])
+        size = kernel.bytes_per_expert
+        assert size > 2 << 20
+        generator = torch.Generator().manual_seed(3)
+        packed = torch.randint(0, 256, (3, size), dtype=torch.uint8, generator=generator)
+        for expert in range(3):
+            kernel.load_packed(expert, packed[expert])
+        room = torch.zeros(offset + 3 * size + 64, dtype=torch.uint8)
+        kernel.gather_packed([2, 0, 1], room[offset : offset + 3 * size])
+        assert torch.equal(room[offset : offset + 3 * size], packed[[2, 0, 1]].flatten())
+        assert not room[:offset].any()
+        assert not room[offset + 3 * size :].any()
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -59,6 +59,16 @@ void Dense(const LinearLayer& layer) {
   layer.GradInput(args);
 }
 
+void Gather(const ExpertLayer& layer) {
+  const std::vector<int64_t> experts = {5, 0, 7, 3};
+  const size_t bytes = layer.layout().bytes;
+  std::vector<uint8_t> gathered(experts.size() * bytes), copied(gathered.size());
+  layer.GatherPacked(experts, gathered.data());
+  for (size_t i = 0; i < experts.size(); ++i)
+    layer.CopyPacked(static_cast<size_t>(experts[i]), copied.data() + i * bytes);
+  Check(gathered == copied, "experts are gathered otherwise than copied");
+}
+
 void Jobs(const Kernels& kernels, const Topology& topology) {
   const Engine engine = MakeEngine(kernels, topology);
   const std::shared_ptr<ExpertLayer> layers[] = {MakeLayer(engine), MakeLayer(engine)};
@@ -83,6 +93,7 @@ void Jobs(const Kernels& kernels, const Topology& topology) {
       Check(call.out == want, "a job's answer depends on others");
       if (caller == 0) ForwardAndBackward(layer);
       if (caller == 1) Dense(dense);
+      if (caller == 2) Gather(layer);
       layer.Wait(*ahead);  // before its buffers are used again
     }
   });

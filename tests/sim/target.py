@@ -68,4 +68,4 @@ def stream() -> torch.Stream:
 def stream_from_a_pair_for_each_expert_on(streamed: StreamedLayers) -> None:
     """Have calls of so many pairs stream their layer, whatever this machine was measured to do."""
     size = streamed.host_of_most().bytes_per_expert
-    streamed.rates = StreamRates(link_bytes_per_s=size, host_pairs_per_s=1)
+    streamed.rates = StreamRates(fill_bytes_per_s=size, host_pairs_per_s=1)

@@ -14,6 +14,7 @@ import kt_core
 from kt_core.engine import Engine, accelerators
 from kt_core.interfaces import ExpertDevice, ExpertId, RoutingStatistics, Swap
 from kt_core.moe.expert_mover import ExpertMover
+from kt_core.placement.machine import LINK_SHARE
 from kt_core.placement.statistics import load_statistics, save_statistics
 from kt_core.plan.hot_experts import card_reserve_bytes
 from kt_cpu.backend import CpuBackend
@@ -171,3 +172,17 @@ def test_each_device_holds_what_it_has_room_for(
         assert len(after[1]) <= 5
         assert len(after[1]) + len(after[2]) <= 38
     assert kept.is_file()
+
+
+def test_swaps_take_their_share_of_the_slowest_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"sim:0": 8e9, "sim:1": 2e9}
+    monkeypatch.setattr(
+        accelerators.Accelerators,
+        "_measure_link",
+        staticmethod(lambda device: rates[device.info.torch_device]),
+    )
+    options: dict[str, Any] = {"hot_experts": "25%", "placement": "adaptive"}
+    with kt_core.load(STORIES, device="sim:0,1", **EXACT, **options) as engine:
+        assert engine.accelerators is not None
+        assert engine.accelerators._link is not None
+        assert engine.accelerators._link.grant(1.0) == LINK_SHARE * 2e9

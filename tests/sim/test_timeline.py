@@ -228,10 +228,8 @@ def test_moves_and_streamed_layers_are_there() -> None:
         target.stream_from_a_pair_for_each_expert_on(streamed)
         with Profiler(engine) as profiler:
             engine.generate("The little dog ran to the tree. " * 16, **GREEDY)
-        assert len(spans_of(profiler, Kind.STREAMED)) == (
-            streamed.bytes_to_device // engine.kernels[0].bytes_per_expert
-        )
-        assert spans_of(profiler, Kind.STREAMED)
+        # Small layers: each is one copy.
+        assert len(spans_of(profiler, Kind.STREAMED)) == streamed.streamed > 0
 
 
 def test_what_is_put_off_is_drawn_where_the_host_computes_it() -> None:
