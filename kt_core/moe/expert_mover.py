@@ -12,6 +12,7 @@ stream tells when an old copy is done with, wherever that is.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Stage(Enum):
-    WAITING = auto()  # for room on the accelerator
+    WAITING = auto()  # for room on the accelerator, or for an earlier move of the same expert
     COPYING = auto()
     LEAVING = auto()  # at home in the new place; earlier steps may use the old copy
 
@@ -102,12 +103,11 @@ class ExpertMover:
             target: The kernel that gets them, among those of their layers.
         """
         for load, evicted in swaps:
-            for expert in evicted:
-                home = self._home_of(expert)
-                self._start_copy(_Move(expert, HOST), source=home)
-                self._note_home(expert, HOST)
-            self._moves.append(_Move(load, target, evicted))
-            self._note_home(load, target)
+            new = [*(_Move(expert, HOST) for expert in evicted), _Move(load, target, evicted)]
+            for move in new:
+                self._moves.append(move)
+                self._note_home(move.expert, move.target)
+                self._start_if_possible(move)
 
     def homes(self, shape: tuple[int, int]) -> NDArray[np.int64]:
         """Return ``[layers, experts]``: the kernel of each expert when all moves are done.
@@ -139,9 +139,7 @@ class ExpertMover:
         for move in list(self._moves):
             match move.stage:
                 case _Stage.WAITING:
-                    if not any(self._is_moving(expert) for expert in move.room_for):
-                        self._moves.remove(move)
-                        self._start_copy(move, source=HOST)
+                    self._start_if_possible(move)
                 case _Stage.COPYING if move.event is not None and move.event.query():
                     self._change_home(move)
                 case _Stage.LEAVING if move.event is not None and move.event.query():
@@ -162,14 +160,17 @@ class ExpertMover:
         self._moves.clear()
         self._homes = None
 
-    def _is_moving(self, expert: ExpertId) -> bool:
-        return any(move.expert == expert for move in self._moves)
-
-    def _home_of(self, expert: ExpertId) -> int:
-        kernels = self._layers[expert.layer].kernels
-        return next(
-            index for index in range(1, len(kernels)) if expert.expert in kernels[index].resident()
-        )
+    def _start_if_possible(self, move: _Move) -> None:
+        """Begin to copy, unless its expert is on another way still, or one that makes room is."""
+        before = itertools.takewhile(lambda other: other is not move, self._moves)
+        if any(other.expert in (move.expert, *move.room_for) for other in before):
+            return
+        kernels = self._layers[move.expert.layer].kernels
+        here = [n for n, kernel in enumerate(kernels) if move.expert.expert in kernel.resident()]
+        if here == [move.target]:  # a load was given up that this was to undo
+            self._moves.remove(move)
+        else:
+            self._start_copy(move, source=here[0])
 
     def _copies_with(self, one: int, other: int) -> torch.Stream:
         """The stream for copies between two kernels, of which one is the host's."""
@@ -196,7 +197,6 @@ class ExpertMover:
                 return
             self.bytes_to_device += packed.numel()
         move.stage, move.event = _Stage.COPYING, copies.record_event()
-        self._moves.append(move)
 
     def _noted(self, move: _Move, copies: torch.Stream) -> AbstractContextManager[None]:
         where = "host" if move.target == HOST else "device"
@@ -213,7 +213,8 @@ class ExpertMover:
                 str(error).splitlines()[0],
             )
         self.given_up += 1
-        self._note_home(move.expert, HOST)
+        self._moves.remove(move)
+        self._homes = None
         assert move.staged is not None
         self._put_staging(move.staged)
 

@@ -197,6 +197,35 @@ def test_experts_move_while_the_layer_runs(
     check(layer, tokens=4)
 
 
+def test_experts_that_are_on_their_way_move_again(
+    host: ExpertDevice, maybe_device: NativeDevice | None
+) -> None:
+    """Whoever chooses swaps knows where experts will be, and may want them back at once."""
+    layer = hybrid(host, {0, 1, 2})
+    target.configure(maybe_device, "devices=2,memory_gib=0.25,link_gb_s=0.002,link_latency_us=50")
+    mover, dice = ExpertMover([layer], torch.device(WHERE)), random.Random(1)
+    again = 0
+    for seed in range(40):
+        homes = mover.homes((1, SPEC.num_experts))[0].tolist()
+        hot, cold = ([e for e, home in enumerate(homes) if home == n] for n in (1, 0))
+        under_way = {move.expert.expert for move in mover._moves}
+        load, evict = dice.choice(cold), dice.choice(hot)
+        again += len({load, evict} & under_way)
+        mover.begin([Swap(ExpertId(0, load), (ExpertId(0, evict),))])
+        check(layer, tokens=4, seed=seed)
+        mover.advance()
+        held = [kernel.resident() for kernel in layer.kernels]
+        assert held[0] | held[1] == set(range(8)), "an expert is nowhere"
+        assert len(held[1]) <= 3, "more on the accelerator than there is room for"
+    assert again > 10
+    planned = mover.homes((1, SPEC.num_experts)).copy()
+    mover.finish()
+    assert not layer.kernels[0].resident() & layer.kernels[1].resident()
+    assert [e in layer.kernels[1].resident() for e in range(8)] == (planned[0] == 1).tolist()
+    assert mover.bytes_to_device == mover.bytes_to_host > 0
+    check(layer, tokens=4)
+
+
 def test_moving_leaks_nothing(host: ExpertDevice) -> None:
     layer = hybrid(host, {0})
     mover = ExpertMover([layer], torch.device(WHERE))
