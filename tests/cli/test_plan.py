@@ -99,24 +99,45 @@ def test_a_packed_model(kt: Kt, tmp_path: Path) -> None:
     same = report_of(kt, *MACHINE, "--format", "int4", "--dense-format", "int8")
     assert packed["total_weight_bytes"] == same["total_weight_bytes"]
     on_card = json.loads(kt("plan", target, *MACHINE, *CARD, "--json").succeeds())
-    assert on_card["dense_format"] == "none"
-    assert any("unpacked on the accelerator" in sentence for sentence in on_card["advice"])
-    unpacked = report_of(kt, *MACHINE, *CARD)["bytes_by_tier"]["accelerator"]["dense_weights"]
-    unpacked += 2 * 1024 * 128  # the head has a weight of its own, which was the embedding
-    assert on_card["bytes_by_tier"]["accelerator"]["dense_weights"] == unpacked
+    assert on_card["dense_format"] == "int8"
+    dense = on_card["bytes_by_tier"]["accelerator"]["dense_weights"]
+    assert dense == packed["bytes_by_tier"]["host"]["dense_weights"]
     kt("plan", target, *MACHINE, "--dense-format", "int4").fails("packed as int8, not int4")
     kt("plan", target, *MACHINE, "--format", "int8").fails("packed as int4-g32, not int8")
 
 
-def test_no_dense_format_on_an_accelerator(kt: Kt) -> None:
-    """As `kt run` refuses it; so `auto` does not take it either, nor is it advised."""
+def test_an_accelerator_that_is_too_small_may_hold_packed_layers(kt: Kt) -> None:
+    """`auto` packs them before it gives up."""
+    plain = report_of(kt, *MACHINE, *CARD)
+    assert plain["dense_format"] == "none"
+    tier = plain["bytes_by_tier"]["accelerator"]
+    room = sum(tier.values()) - tier["expert_weights"] - 1
+    packed = report_of(kt, *MACHINE, "--vram", f"{room}B")
+    assert packed["dense_format"] == "int8"
+    assert packed["bytes_by_tier"]["accelerator"]["dense_weights"] < tier["dense_weights"]
+
+
+def test_an_accelerator_that_computes_no_dense_layers(
+    kt: Kt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `kt run` refuses a format there; so `auto` takes none, and packed ones are unpacked."""
+    monkeypatch.setattr("kt_core.cli.plan._leaves_dense", lambda *_: True)
     arguments = ("plan", STORIES, *MACHINE, *CARD, "--dense-format", "int8")
-    kt(*arguments).fails("on an accelerator torch computes dense layers")
+    kt(*arguments).fails("on this accelerator torch computes dense layers")
     too_small = kt("plan", STORIES, *MACHINE, "--vram", "801MB", "--json")
     assert too_small.code == 1
     assert json.loads(too_small.out)["dense_format"] == "none"
     assert "--dense-format" not in too_small.err
     assert kt("plan", STORIES, *MACHINE, "--vram", "0", "--dense-format", "int8").code == 0
+
+    target = tmp_path / "packed"
+    options = ("--format", "int4", "--dense-format", "int8", "--method", "rtn", "--threads", 1)
+    kt("quant", STORIES, target, *options).succeeds()
+    unpacked = report_of(kt, *MACHINE, *CARD)["bytes_by_tier"]["accelerator"]["dense_weights"]
+    unpacked += 2 * 1024 * 128  # the head has a weight of its own, which was the embedding
+    report = json.loads(kt("plan", target, *MACHINE, *CARD, "--json").succeeds())
+    assert report["dense_format"] == "none"
+    assert report["bytes_by_tier"]["accelerator"]["dense_weights"] == unpacked
 
 
 def test_dense_layers(kt: Kt) -> None:

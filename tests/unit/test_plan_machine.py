@@ -60,7 +60,8 @@ def test_file_that_says_everything(tmp_path: Path) -> None:
         165e12,
         31.5e9,
     )
-    assert len(machine.assumptions) == 1  # what part of an accelerator is reached
+    # What it computes, and what part of its rates is reached.
+    assert len(machine.assumptions) == 2
 
 
 def test_options_override_the_file(tmp_path: Path) -> None:
