@@ -7,12 +7,12 @@ import os
 from typing import TYPE_CHECKING
 
 from kt_core.accelerator import TorchBackend
-from kt_core.types import ActivationPrecision, Capabilities, Element, Format, MoeSpec
+from kt_core.types import ActivationPrecision, Capabilities, Element, Format, LinearSpec, MoeSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from kt_core.interfaces import ExpertKernel
+    from kt_core.interfaces import ExpertKernel, LinearKernel
 
 
 class TritonBackend(TorchBackend):
@@ -26,7 +26,7 @@ class TritonBackend(TorchBackend):
 
     def what_it_computes(self) -> Capabilities:
         """Every element in every grouping: the loader in ``kt_triton.tiles`` is generic."""
-        return Capabilities(elements=frozenset(Element))
+        return Capabilities(elements=frozenset(Element), computes_dense=True)
 
     def kernel(
         self,
@@ -39,6 +39,18 @@ class TritonBackend(TorchBackend):
         from kt_triton.kernel import TritonExpertKernel
 
         return TritonExpertKernel(device, spec, weight_format, precision)
+
+    def linear_kernel(
+        self,
+        device: torch.device,
+        spec: LinearSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+    ) -> LinearKernel:
+        """See ``TorchBackend.linear_kernel``."""
+        from kt_triton.linear_kernel import TritonLinearKernel
+
+        return TritonLinearKernel(device, spec, weight_format, precision)
 
     def why_no_triton(self) -> str | None:
         """Return None if Triton is installed. Does not import it."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kt_triton.layer import Layer, matrix_tile
+from kt_triton.layer import DenseLayer, Layer, matrix_tile
 from kt_triton.matrix import Matrix
 from kt_triton.tiles import INTERPRETED
+
+# Programs of an H100, two for each of its processors: with fewer, some would have nothing to do.
+_ENOUGH_PROGRAMS = 264
 
 
 class Cut(NamedTuple):
@@ -60,6 +63,10 @@ class Cut(NamedTuple):
                 return cut
 
 
+_OF_INTERPRETER = Cut(256, 64, 4, 1)  # which pays by the program
+_OF_FEW = Cut(16, 128, 1, 4)  # as many programs as there can be: nothing else keeps memory busy
+
+
 class Plan(NamedTuple):
     """How a call is cut.
 
@@ -95,15 +102,58 @@ def plan_of(layer: Layer, pairs: int, top_k: int, *, is_nvidia: bool, is_few: bo
     few = suits_few(pairs, top_k, num_experts) if is_few is None else is_few
     average = pairs / num_experts
     is_bf16 = layer.up.element == "bf16"
-    if INTERPRETED.value:  # which pays by the program
-        cut = Cut(256, 64, 4, 1)
+    if INTERPRETED.value:
+        cut = _OF_INTERPRETER
         return Plan(16, is_planned=not few, streams=few and not is_bf16, gate_up=cut, down=cut)
-    if few:  # as many programs as there can be: nothing else keeps memory busy
-        cut = Cut(16, 128, 1, 4)
+    if few:
         streams = not (is_bf16 and is_nvidia)
-        return Plan(16, is_planned=False, streams=streams, gate_up=cut, down=cut)
+        return Plan(16, is_planned=False, streams=streams, gate_up=_OF_FEW, down=_OF_FEW)
     rows, gate_up, down = _of_nvidia(average) if is_nvidia else _of_others(average)
     return Plan(rows, is_planned=True, streams=False, gate_up=gate_up, down=down)
+
+
+class DensePlan(NamedTuple):
+    """How a call of a dense layer is cut.
+
+    Attributes:
+        streams: Whether rows are left to ``linear_few``.
+        rows: Rows of a block.
+        cut: The product.
+    """
+
+    streams: bool
+    rows: int
+    cut: Cut
+
+
+def dense_plan(layer: DenseLayer, rows: int, *, is_nvidia: bool, is_few: bool | None) -> DensePlan:
+    """Choose by the number of rows, as for an expert that has so many pairs.
+
+    For dense layers nothing was measured on a GPU; the cuts are those that experts liked. A dense
+    layer is one matrix, and has fewer programs than experts together: with few rows these are the
+    small ones of few tokens, and with many they are not made large before there are enough.
+
+    Args:
+        layer: The layer.
+        rows: Of the call.
+        is_nvidia: Whose GPU it is.
+        is_few: Whether rows are to be computed one by one; None for what suits.
+    """
+    # A block of 16 reads weights once, and took 1.25 times as long as a row by itself, with int4.
+    few = rows == 1 if is_few is None else is_few
+    if few and not (is_nvidia and layer.weight.element == "bf16"):
+        return DensePlan(streams=True, rows=1, cut=_OF_FEW)
+    if INTERPRETED.value:
+        return DensePlan(streams=False, rows=16, cut=_OF_INTERPRETER)
+    if rows <= 16:
+        cut = _OF_FEW if is_nvidia else _OF_FEW._replace(num_stages=2)  # a gfx1100 spilled
+        return DensePlan(streams=False, rows=16, cut=cut)
+    block, narrow, wide = _of_nvidia(rows) if is_nvidia else _of_others(rows)
+    block = min(block, 1 << (rows - 1).bit_length())  # that average has experts with more
+    programs = -(-rows // block) * -(-layer.weight.outputs // wide.outputs)
+    # Where groups scale their sums there are two tiles of sums, and the wide cut spills registers.
+    is_wide = programs >= _ENOUGH_PROGRAMS and not layer.weight.scales_sums
+    return DensePlan(streams=False, rows=block, cut=wide if is_wide else narrow)
 
 
 def _of_nvidia(average: float) -> tuple[int, Cut, Cut]:

@@ -2,7 +2,8 @@
 
 The inputs are split over a program's threads, and their sums are added at the end, so that as many
 words as there are threads are under way; with weights of eight bits or fewer a matrix unit's tiles
-were measured to be too few for that (docs/decisions/0017). Products and sums are float32.
+were measured to be too few for that (docs/decisions/0017). Products and sums are float32. A row
+through a dense layer is computed so, too: ``linear_few``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from kt_triton.tiles import (
 
 
 @triton.jit
-def _dot(x, address, outputs, MATRIX: tl.constexpr, STEP_GROUPS: tl.constexpr,
-         GROUP_ROWS: tl.constexpr):  # fmt: skip
+def dot(x, address, outputs, MATRIX: tl.constexpr, STEP_GROUPS: tl.constexpr,
+        GROUP_ROWS: tl.constexpr):  # fmt: skip
     """Return the products of one row with ``outputs`` rows of a matrix, ``[outputs, 1]``."""
     values: tl.constexpr = MATRIX.values_per_word
     step_inputs: tl.constexpr = STEP_GROUPS * GROUP_ROWS * values
@@ -87,11 +88,11 @@ def gate_up_few(hidden, expert_ids, table, inner,
         return
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     x = hidden + (pair // TOP_K).to(tl.int64) * UP.inputs
-    up = _dot(x, address, outputs, UP, STEP_GROUPS, GROUP_ROWS)
+    up = dot(x, address, outputs, UP, STEP_GROUPS, GROUP_ROWS)
     up = add_bias(up, address, outputs, UP_BIAS, UP)
     gate = up
     if GATE is not None:
-        gate = _dot(x, address, outputs, GATE, STEP_GROUPS, GROUP_ROWS)
+        gate = dot(x, address, outputs, GATE, STEP_GROUPS, GROUP_ROWS)
         gate = add_bias(gate, address, outputs, GATE_BIAS, GATE)
     result = activate(gate, up, ACTIVATION)
     target = inner + pair.to(tl.int64) * INNER_STRIDE + outputs[:, None]
@@ -113,7 +114,7 @@ def down_few(inner, expert_ids, table, expert_outputs,
         return
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     x = inner + pair.to(tl.int64) * INNER_STRIDE
-    result = _dot(x, address, outputs, DOWN, STEP_GROUPS, GROUP_ROWS)
+    result = dot(x, address, outputs, DOWN, STEP_GROUPS, GROUP_ROWS)
     result = add_bias(result, address, outputs, DOWN_BIAS, DOWN)
     target = expert_outputs + pair.to(tl.int64) * DOWN.outputs + outputs[:, None]
     tl.store(target, result, mask=(outputs < DOWN.outputs)[:, None])

@@ -17,9 +17,10 @@ import triton
 from kt_core.packed.layout import PANEL
 from kt_core.types import ActivationPrecision
 from kt_triton.combine import combine
-from kt_triton.cuts import Plan, plan_of
+from kt_triton.cuts import Plan, dense_plan, plan_of
 from kt_triton.few_tokens import down_few, gate_up_few
-from kt_triton.layer import Layer, matrix_tile, streaming_tile
+from kt_triton.layer import DenseLayer, Layer, matrix_tile, streaming_tile
+from kt_triton.linear import linear, linear_few
 from kt_triton.plan import plan_blocks
 from kt_triton.products import down, gate_up
 from kt_triton.tiles import INTERPRETED
@@ -152,6 +153,46 @@ def _multiply(
         OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows,
         num_warps=cut.num_warps, num_stages=cut.num_stages, **shared,
     )  # fmt: skip
+
+
+def compute_dense(
+    layer: DenseLayer,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    is_few: bool | None = None,
+) -> None:
+    """Put a dense layer into the current stream of the tensors' device.
+
+    Args:
+        layer: The layer.
+        x: ``[rows, in_features]``, contiguous; no element is rounded.
+        packed: ``[bytes]`` uint8, the layer.
+        out: ``[rows, out_features]``, contiguous, which receives the result.
+        is_few: Whether rows are to be computed one by one; None for what suits.
+    """
+    weight, rows, where = layer.weight, len(x), packed.device
+    plan = dense_plan(layer, rows, is_nvidia=is_nvidia(where), is_few=is_few)
+    with _current(where):
+        if plan.streams:
+            tile = streaming_tile(weight)
+            linear_few[(rows, triton.cdiv(weight.outputs, _STREAM_OUTPUTS))](
+                x, packed, out, WEIGHT=weight, BIAS=layer.bias, OUTPUTS=_STREAM_OUTPUTS,
+                STEP_GROUPS=tile.step_groups, GROUP_ROWS=tile.group_rows, num_warps=4, **_OPTIONS,
+            )  # fmt: skip
+            return
+        cut = plan.cut.fitting(
+            weight, matrices=1, rows=plan.rows, row_bytes=x.itemsize,
+            memory_bytes=shared_memory_bytes(where),
+        )  # fmt: skip
+        tile = matrix_tile(weight, cut.inputs)
+        linear[(triton.cdiv(rows, plan.rows), triton.cdiv(weight.outputs, cut.outputs))](
+            x, packed, out, rows, WEIGHT=weight, BIAS=layer.bias, PARTS=_PARTS[x.dtype],
+            ROWS=plan.rows, OUTPUTS=cut.outputs, STEP_GROUPS=tile.step_groups,
+            GROUP_ROWS=tile.group_rows, num_warps=cut.num_warps, num_stages=cut.num_stages,
+            **_OPTIONS,
+        )  # fmt: skip
 
 
 def is_nvidia(device: torch.device) -> bool:

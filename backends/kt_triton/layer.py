@@ -1,13 +1,13 @@
-"""What the kernels are compiled for: the matrices of one layer's experts, and how they are cut."""
+"""What the kernels are compiled for: the matrices of one layer, and how they are cut."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kt_core.packed import ExpertLayout
+from kt_core.packed import ExpertLayout, LinearLayout
 from kt_core.packed.layout import COLUMN_PAD
-from kt_core.types import Format, MoeSpec
+from kt_core.types import Format, LinearSpec, MoeSpec
 from kt_triton.matrix import Matrix
 
 
@@ -63,6 +63,28 @@ class Layer:
             gate_bias=expert.gate_bias_at if has_gate_bias else -1,
             up_bias=expert.up_bias_at if expert.has_bias else -1,
             down_bias=expert.down_bias_at if expert.has_bias else -1,
+        )
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A dense layer as a kernel sees it.
+
+    Attributes:
+        weight: ``[out_features, in_features]``.
+        bias: First byte of the bias, from the layer's first; -1 where there is none.
+    """
+
+    weight: Matrix
+    bias: int
+
+    @classmethod
+    def of(cls, spec: LinearSpec, weight_format: Format) -> DenseLayer:
+        """Describe a packed dense layer."""
+        packed = LinearLayout.of(spec, weight_format)
+        return cls(
+            weight=Matrix.of(packed.weight, 0, packed.weight.panel_bytes),
+            bias=packed.bias_offset if packed.has_bias else -1,
         )
 
 

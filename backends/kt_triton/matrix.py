@@ -11,7 +11,7 @@ _VALUES_PER_WORD = {"bf16": 2, "int8": 4, "fp8": 4, "int4": 8, "fp4": 8}
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix ``[outputs, inputs]`` of a packed expert: a ``MatrixLayout`` and its place.
+    """One matrix ``[outputs, inputs]`` of what is packed: a ``MatrixLayout`` and its place.
 
     Plain words and numbers, because Triton makes keys of its cache from how they are printed.
 
@@ -31,7 +31,7 @@ class Matrix:
         scale_bytes: Bytes of the scales of a group.
         offset_bytes: Bytes of the zero points or minimums of a group.
         group_bytes: Bytes of the weights of a group.
-        start: First byte of the first panel, from the expert's first.
+        start: First byte of the first panel, from the first of the expert or the dense layer.
         stride: Bytes from a panel to the next one of this matrix.
     """
 

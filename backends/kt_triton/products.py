@@ -3,7 +3,7 @@
 Weights are the left operand: they enter as the bfloat16 that their codes are, exactly, from the
 registers that they were taken apart in. Scales that would not fit multiply the sums in float32.
 Activations that are no bfloat16 enter as a sum of two or three, exactly too. So nothing is rounded
-but sums.
+but sums. Dense layers are multiplied so, too: ``linear``.
 
 A block is a pair of token and expert where there are few, and a run of one expert's pairs, as
 ``plan_blocks`` finds them, where there are many.
@@ -86,6 +86,42 @@ def _step(sums, x, words, scale, zero, minimum, MATRIX: tl.constexpr, PARTS: tl.
         return sums
     else:
         return _multiply(weights, x, sums, PARTS)
+
+
+@triton.jit
+def product(x_rows, is_row, address, outputs, MATRIX: tl.constexpr, BIAS: tl.constexpr,
+            PARTS: tl.constexpr, STEP_GROUPS: tl.constexpr, GROUP_ROWS: tl.constexpr):  # fmt: skip
+    """Return the products of a block of rows with some rows of one matrix, and their bias.
+
+    ``[outputs, rows]`` float32; 0 and the bias for rows that are none.
+
+    Args:
+        x_rows: ``[1, rows]`` pointers, to the first elements of rows.
+        is_row: ``[rows]``; what is no row is not read.
+        address: See ``load_words``, as ``outputs``.
+        outputs: See ``address``.
+        MATRIX: The matrix.
+        BIAS: See ``add_bias``.
+        PARTS: How many bfloat16 an element of a row is the sum of.
+        STEP_GROUPS: See ``load_words``, as ``GROUP_ROWS``.
+        GROUP_ROWS: See ``STEP_GROUPS``.
+    """
+    inputs: tl.constexpr = STEP_GROUPS * GROUP_ROWS * MATRIX.values_per_word
+    sums = tl.zeros([outputs.shape[0], x_rows.shape[1]], tl.float32)
+    group = tile_groups(0, STEP_GROUPS, GROUP_ROWS, MATRIX)
+    # Of the next step: nobody but this reads them ahead.
+    scale, zero, minimum = _group_numbers(address, outputs, group, MATRIX)
+    for step in range(MATRIX.padded_inputs // inputs):
+        k = step * inputs + tl.arange(0, inputs)
+        inside = is_row[None, :] & (k < MATRIX.inputs)[:, None]
+        x = tl.load(x_rows + k[:, None], mask=inside, other=0.0)
+        words = load_words(address, outputs, step, STEP_GROUPS, GROUP_ROWS, MATRIX)
+        group = tile_groups(step + 1, STEP_GROUPS, GROUP_ROWS, MATRIX)
+        next_scale, next_zero, next_minimum = _group_numbers(address, outputs, group, MATRIX)
+        sums = _step(sums, x, words, scale, zero, minimum, MATRIX, PARTS)
+        scale, zero, minimum = next_scale, next_zero, next_minimum
+    sums = scale_outputs(sums, address, outputs, MATRIX)
+    return add_bias(sums, address, outputs, BIAS, MATRIX)
 
 
 @triton.jit
@@ -195,21 +231,9 @@ def down(inner, expert_ids, order, blocks, num_blocks, table, expert_outputs,
     if address == 0:
         return
     outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    inputs: tl.constexpr = STEP_GROUPS * GROUP_ROWS * DOWN.values_per_word
     x_rows = inner + pair[None, :] * INNER_STRIDE
-    sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    group = tile_groups(0, STEP_GROUPS, GROUP_ROWS, DOWN)
-    scale, zero, minimum = _group_numbers(address, outputs, group, DOWN)
-    for step in range(DOWN.padded_inputs // inputs):
-        k = step * inputs + tl.arange(0, inputs)
-        inside = is_row[None, :] & (k < DOWN.inputs)[:, None]
-        x = tl.load(x_rows + k[:, None], mask=inside, other=0.0)
-        words = load_words(address, outputs, step, STEP_GROUPS, GROUP_ROWS, DOWN)
-        group = tile_groups(step + 1, STEP_GROUPS, GROUP_ROWS, DOWN)
-        next_scale, next_zero, next_minimum = _group_numbers(address, outputs, group, DOWN)
-        sums = _step(sums, x, words, scale, zero, minimum, DOWN, PARTS)
-        scale, zero, minimum = next_scale, next_zero, next_minimum
-    result = scale_outputs(sums, address, outputs, DOWN)
-    result = tl.trans(add_bias(result, address, outputs, DOWN_BIAS, DOWN))
+    result = tl.trans(product(
+        x_rows, is_row, address, outputs, DOWN, DOWN_BIAS, PARTS, STEP_GROUPS, GROUP_ROWS
+    ))  # fmt: skip
     target = expert_outputs + pair[:, None] * DOWN.outputs + outputs[None, :]
     tl.store(target, result, mask=is_row[:, None] & (outputs < DOWN.outputs)[None, :])

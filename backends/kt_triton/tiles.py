@@ -39,7 +39,7 @@ def pair_address(table, expert_ids, pair, NUM_EXPERTS: tl.constexpr):
 
 @triton.jit
 def _pointer(address, TYPE: tl.constexpr):
-    """An address as a pointer, and that it is one of a row of 64 bytes: so 16 are read at once."""
+    """An address, or a pointer to bytes, as one to a row of 64 bytes: so 16 are read at once."""
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 64)
 
 
@@ -150,7 +150,7 @@ def load_words(
     A tile is some whole groups or a part of one.
 
     Args:
-        address: The expert's first byte, int64.
+        address: First byte of the expert, int64, or of the dense layer, a pointer.
         outputs: Which outputs, consecutive from a multiple of 16; those beyond the last are 0.
         step: How many tiles have gone before.
         STEP_GROUPS: Groups of a tile: 1, or ``GROUP_ROWS`` covers the group.

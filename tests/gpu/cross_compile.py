@@ -22,10 +22,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from kt_core.packed import LinearLayout
 from kt_core.quant import BUILT_IN_FORMATS
-from kt_core.types import SILU, Activation, ActivationKind, ActivationPrecision, MoeSpec
+from kt_core.types import SILU, Activation, ActivationKind, ActivationPrecision, LinearSpec, MoeSpec
 from kt_triton import launch
-from kt_triton.layer import Layer
+from kt_triton.layer import DenseLayer, Layer
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,9 +44,15 @@ SHARED_BYTES = {
     "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
     "gfx942": 64 << 10, "gfx950": 160 << 10, "gfx1100": 64 << 10, "gfx1201": 64 << 10,
 }  # fmt: skip
-KERNELS = ("plan_blocks", "gate_up_few", "down_few", "gate_up", "down", "combine")
-SHAPE = MoeSpec(num_experts=128, hidden_size=2048, intermediate_size=768)  # Qwen3-30B-A3B
+KERNELS = (
+    "plan_blocks", "gate_up_few", "down_few", "gate_up", "down", "combine", "linear_few", "linear",
+)  # fmt: skip
+# Qwen3-30B-A3B's experts, and queries.
+SHAPE = MoeSpec(num_experts=128, hidden_size=2048, intermediate_size=768)
 TOP_K = 8
+DENSE = LinearSpec(in_features=2048, out_features=4096, has_bias=True)
+FORMATS = {f.descriptor.name: f.descriptor for f in BUILT_IN_FORMATS}
+TYPES = {ActivationPrecision.BF16: torch.bfloat16, ActivationPrecision.FLOAT32: torch.float32}
 
 MATRIX_UNIT = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+")
 # 16 bytes at once; `cg` copies no fewer.
@@ -60,7 +67,7 @@ class Compiled:
     kernel: str
     target: str
     weight_format: str
-    tokens: int
+    rows: int
     matrix_unit: str | None
     has_wide_loads: bool
     spilled_registers: int | None
@@ -86,10 +93,10 @@ class Recorder:
         return start
 
 
-def compile_call(
-    target: str, name: str, tokens: int, precision: ActivationPrecision, activation: Activation
-) -> Iterator[Compiled]:
-    """Compile what one call of a layer needs."""
+def expert_call(
+    name: str, tokens: int, precision: ActivationPrecision, activation: Activation = SILU
+) -> Callable[[], None]:
+    """Return a call of a layer's experts."""
     spec = MoeSpec(
         num_experts=SHAPE.num_experts,
         hidden_size=SHAPE.hidden_size,
@@ -97,6 +104,25 @@ def compile_call(
         activation=activation,
         has_bias=activation is not SILU,
     )
+    hidden = torch.empty(tokens, spec.hidden_size, dtype=TYPES[precision])
+    ids = torch.empty(tokens, TOP_K, dtype=torch.int64)
+    table = torch.empty(spec.num_experts, dtype=torch.int64)
+    call = launch.Call(hidden, ids, torch.empty(tokens, TOP_K), table, torch.empty_like(hidden))
+    layer = Layer.of(spec, FORMATS[name])
+    return lambda: launch.compute(layer, call, precision)
+
+
+def dense_call(name: str, rows: int, precision: ActivationPrecision) -> Callable[[], None]:
+    """Return a call of a dense layer, with a bias."""
+    x = torch.empty(rows, DENSE.in_features, dtype=TYPES[precision])
+    out = torch.empty(rows, DENSE.out_features, dtype=TYPES[precision])
+    packed = torch.empty(LinearLayout.of(DENSE, FORMATS[name]).size_bytes, dtype=torch.uint8)
+    layer = DenseLayer.of(DENSE, FORMATS[name])
+    return lambda: launch.compute_dense(layer, x, packed, out)
+
+
+def compile_call(target: str, name: str, rows: int, call: Callable[[], None]) -> Iterator[Compiled]:
+    """Compile what a call needs: of experts of a format with so many tokens, or of a layer."""
     index = list(TARGETS).index(target)
     driver.set_active(
         SimpleNamespace(
@@ -111,15 +137,7 @@ def compile_call(
     launch.is_nvidia = lambda _: target.startswith("sm_")
     for kernel, original in originals.items():
         setattr(launch, kernel, Recorder(original, lambda *seen: found.append(seen)))
-    weight_format = next(f for f in BUILT_IN_FORMATS if f.descriptor.name == name).descriptor
-    is_bf16 = precision is ActivationPrecision.BF16
-    hidden = torch.empty(
-        tokens, spec.hidden_size, dtype=torch.bfloat16 if is_bf16 else torch.float32
-    )
-    ids = torch.empty(tokens, TOP_K, dtype=torch.int64)
-    table = torch.empty(spec.num_experts, dtype=torch.int64)
-    call = launch.Call(hidden, ids, torch.empty(tokens, TOP_K), table, torch.empty_like(hidden))
-    launch.compute(Layer.of(spec, weight_format), call, precision)
+    call()
     for kernel, original in originals.items():
         setattr(launch, kernel, original)
     for kernel, compiled in found:
@@ -130,7 +148,7 @@ def compile_call(
             kernel=kernel,
             target=target,
             weight_format=name,
-            tokens=tokens,
+            rows=rows,
             matrix_unit=unit and unit.group(),
             has_wide_loads=bool(WIDE_LOAD.search(text)),
             spilled_registers=int(spills.group(1)) if spills else None,
@@ -146,19 +164,29 @@ def activations() -> list[Activation]:
     return [Activation(kind=kind, **finite) for kind in ActivationKind]
 
 
+def calls_of(word: str) -> Iterator[tuple[str, int, Callable[[], None]]]:
+    """Make format, rows and call of everything that a word stands for."""
+    bf16, float32 = ActivationPrecision.BF16, ActivationPrecision.FLOAT32
+    if word == "activations":
+        for activation in activations():
+            yield "bf16", 1, expert_call("bf16", 1, bf16, activation)
+        return
+    name, precision, tokens = word, bf16, (1, 128, 4096)
+    if word == "float32":
+        name, precision, tokens = "int4-g32-min", float32, (1, 64)
+    for rows in tokens:
+        yield name, rows, expert_call(name, rows, precision)
+    for rows in (1, 16, 32, 64, 512, 4096):  # each may be cut in another way
+        yield name, rows, dense_call(name, rows, precision)
+
+
 def main() -> None:
     """Compile ``formats`` for ``targets``; ``float32`` and ``activations`` are words for those."""
     targets, words = (argument.split(",") for argument in sys.argv[1:3])
-    bf16, float32 = ActivationPrecision.BF16, ActivationPrecision.FLOAT32
     for target in targets:
         for word in words:
-            calls = [(word, tokens, bf16, SILU) for tokens in (1, 128, 4096)]
-            if word == "activations":
-                calls = [("bf16", 1, bf16, activation) for activation in activations()]
-            elif word == "float32":
-                calls = [("int4-g32-min", tokens, float32, SILU) for tokens in (1, 64)]
-            for name, tokens, precision, activation in calls:
-                for compiled in compile_call(target, name, tokens, precision, activation):
+            for name, rows, call in calls_of(word):
+                for compiled in compile_call(target, name, rows, call):
                     print(json.dumps(asdict(compiled) | {"word": word}), flush=True)  # noqa: T201
 
 

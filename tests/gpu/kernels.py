@@ -11,19 +11,21 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from kt_core.accelerator import TorchBackend
-from kt_core.interfaces import ExpertKernel
+from kt_core.interfaces import ExpertKernel, LinearKernel
 from kt_core.types import (
     ActivationPrecision,
     Capabilities,
     DeviceInfo,
     Element,
     Format,
+    LinearSpec,
     MoeSpec,
 )
 from kt_triton import launch
 from kt_triton.kernel import TritonExpertKernel
 from kt_triton.launch import Call
-from kt_triton.layer import Layer
+from kt_triton.layer import DenseLayer, Layer
+from kt_triton.linear_kernel import TritonLinearKernel
 
 IS_INTERPRETED = not os.environ.get("KT_TEST_DEVICE")
 # Where tensors of calls lie. Torch has one name for the GPUs of both vendors.
@@ -57,7 +59,7 @@ class KernelsBackend(TorchBackend):
 
     def what_it_computes(self) -> Capabilities:
         """Every format."""
-        return Capabilities(elements=frozenset(Element))
+        return Capabilities(elements=frozenset(Element), computes_dense=True)
 
     def kernel(
         self,
@@ -68,6 +70,16 @@ class KernelsBackend(TorchBackend):
     ) -> ExpertKernel:
         """Make a kernel that uses the wanted ones."""
         return _Chosen(device, spec, weight_format, precision, self._is_few)
+
+    def linear_kernel(
+        self,
+        device: torch.device,
+        spec: LinearSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+    ) -> LinearKernel:
+        """Make a dense kernel that uses the wanted ones: rows are what tokens are to experts."""
+        return _ChosenLinear(device, spec, weight_format, precision, self._is_few)
 
 
 class _Chosen(TritonExpertKernel):
@@ -84,3 +96,21 @@ class _Chosen(TritonExpertKernel):
 
     def launch(self, layer: Layer, call: Call, precision: ActivationPrecision) -> None:
         launch.compute(layer, call, precision, is_few=self._is_few)
+
+
+class _ChosenLinear(TritonLinearKernel):
+    def __init__(
+        self,
+        device: torch.device,
+        spec: LinearSpec,
+        weight_format: Format,
+        precision: ActivationPrecision,
+        is_few: bool | None,
+    ) -> None:
+        super().__init__(device, spec, weight_format, precision)
+        self._is_few = is_few
+
+    def launch(
+        self, layer: DenseLayer, x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        launch.compute_dense(layer, x, packed, out, is_few=self._is_few)

@@ -38,8 +38,8 @@ SMALL_GROUPS = {
     if f.descriptor.group_size and f.descriptor.element in {Element.INT4, Element.INT8}
 } | {"float32": 32 * 4}
 BF16 = {"bf16", "activations"}  # the words whose experts are bfloat16
-PRODUCTS = {"gate_up", "down"}
-OF_FEW = {"gate_up_few", "down_few", "combine"}
+PRODUCTS = {"gate_up", "down", "linear"}
+OF_FEW = {"gate_up_few", "down_few", "combine", "linear_few"}
 OF_MANY = PRODUCTS | {"plan_blocks", "combine"}
 
 
@@ -63,7 +63,7 @@ def check(target: str, words: Sequence[str], cache: Path) -> None:
     """Compile the calls for few and for many tokens, and look at what became of them."""
     for word, kernels in compile_for(target, words, cache).items():
         few = PRODUCTS | {"combine"} if word in BF16 and target.startswith("sm_") else OF_FEW
-        wanted = few if word == "activations" else few | OF_MANY
+        wanted = few - {"linear", "linear_few"} if word == "activations" else few | OF_MANY
         assert {kernel["kernel"] for kernel in kernels} == wanted, word
         for kernel in kernels:
             assert kernel["binary_bytes"] > 0

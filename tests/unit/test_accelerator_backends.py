@@ -15,14 +15,17 @@ from kt_core.accelerator import TorchBackend
 from kt_core.errors import BackendUnavailableError, DeviceError, UnsupportedFormatError
 from kt_core.hardware import Accelerator, runtime_library
 from kt_core.interfaces import Backend
+from kt_core.packed import LinearLayout
 from kt_core.quant import BUILT_IN_FORMATS
-from kt_core.types import ActivationPrecision, DeviceInfo, MoeSpec
+from kt_core.types import ActivationPrecision, DeviceInfo, LinearSpec, MoeSpec
 from kt_cuda import CudaBackend, stream_memory
 from kt_npu import NpuBackend
 from kt_rocm import RocmBackend
+from kt_triton.backend import TritonBackend
 from kt_xpu import XpuBackend
 
 SPEC = MoeSpec(num_experts=2, hidden_size=128, intermediate_size=64)
+DENSE = LinearSpec(in_features=128, out_features=64)
 FORMATS = {f.descriptor.name: f.descriptor for f in BUILT_IN_FORMATS}
 BACKENDS: list[TorchBackend] = [CudaBackend(), RocmBackend(), XpuBackend(), NpuBackend()]
 
@@ -169,6 +172,10 @@ def test_devices(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None
         assert device.expert_bytes(SPEC, FORMATS["bf16"]) >= 2 * SPEC.weights_per_expert
         with pytest.raises(UnsupportedFormatError, match="no int8 activations"):
             device.expert_kernel(SPEC, FORMATS["bf16"], precision=ActivationPrecision.INT8)
+        assert device.capabilities.computes_dense == isinstance(backend, TritonBackend)
+        if device.capabilities.computes_dense:
+            packed = LinearLayout.of(DENSE, FORMATS["int4-g32"]).size_bytes
+            assert device.linear_bytes(DENSE, FORMATS["int4-g32"]) == packed
     with pytest.raises(RuntimeError, match="closed"):
         device.expert_kernel(SPEC, FORMATS["bf16"])
 
