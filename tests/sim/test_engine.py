@@ -17,7 +17,6 @@ from kt_core.errors import (
     InvalidRequestError,
     NotEnoughMemoryError,
     UnknownNameError,
-    UnsupportedDenseError,
 )
 from kt_core.interfaces import RoutingStatistics
 from kt_core.placement.statistics import load_statistics, save_statistics
@@ -154,7 +153,7 @@ def test_closing_gives_all_memory_back(alone: Engine) -> None:
         ({"hot_experts": "120%"}, InvalidRequestError, "at most 100%"),
         ({"hot_experts": "99999"}, InvalidRequestError, "the model has"),
         ({"accelerator_memory": 1 << 20}, NotEnoughMemoryError, "the dense part"),
-        ({"dense_format": "int8"}, UnsupportedDenseError, "leave it out"),
+        ({"dense_format": "int5"}, UnknownNameError, "int5"),
         ({"placement": "best"}, UnknownNameError, "best"),
         ({"device": f"{NAME}:0,0"}, UnknownNameError, "once"),
         ({"device": f"{NAME}:7"}, UnknownNameError, f"{NAME}:7"),
