@@ -138,11 +138,15 @@ def test_closing_gives_all_memory_back(alone: Engine) -> None:
         torch.accelerator.synchronize(WHERE)
         return int(torch.accelerator.memory_allocated(WHERE))
 
+    def use() -> None:
+        before = used()
+        with load(hot_experts="50%") as engine:
+            assert used() > before
+            engine.generate(PROMPT, **GREEDY)
+
+    use()  # a vendor's libraries keep what they took when they were first called
     before = used()
-    with load(hot_experts="50%") as engine:
-        assert used() > before
-        engine.generate(PROMPT, **GREEDY)
-    del engine
+    use()
     assert used() == before
 
 

@@ -128,8 +128,9 @@ def test_a_format_for_torch_to_compute_is_still_refused(pack: Pack) -> None:
         load(pack("qwen3_moe", "int8").with_name("source"), dense_format="int8")
 
 
+@target.only_sim
 def test_a_dense_format_is_not_advised(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To whom it would be refused: a model that is too large for the host beside accelerators."""
+    """To whom it would be refused: a model that is too large for host and accelerator."""
     source = pack("qwen3_moe", "int8").with_name("source")
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 0)
     with pytest.raises(NotEnoughMemoryError, match=r"smaller format \(--format int4\)"):
