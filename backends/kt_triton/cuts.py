@@ -129,9 +129,9 @@ class DensePlan(NamedTuple):
 def dense_plan(layer: DenseLayer, rows: int, *, is_nvidia: bool, is_few: bool | None) -> DensePlan:
     """Choose by the number of rows, as for an expert that has so many pairs.
 
-    For dense layers nothing was measured on a GPU; the cuts are those that experts liked. A dense
-    layer is one matrix, and has fewer programs than experts together: with few rows these are the
-    small ones of few tokens, and with many they are not made large before there are enough.
+    The cuts are those that experts liked; what they reach on an H200 is in docs/performance.md. A
+    dense layer is one matrix, and has fewer programs than experts together: with few rows these are
+    the small ones of few tokens, and with many they are not made large before there are enough.
 
     Args:
         layer: The layer.
@@ -139,9 +139,10 @@ def dense_plan(layer: DenseLayer, rows: int, *, is_nvidia: bool, is_few: bool | 
         is_nvidia: Whose GPU it is.
         is_few: Whether rows are to be computed one by one; None for what suits.
     """
-    # A block of 16 reads weights once, and took 1.25 times as long as a row by itself, with int4.
+    # A block of 16 reads weights once. Beside a row by itself it took 2.4 to 3.7 times as long with
+    # int4, 1.5 times with mxfp4, 1.1 times with int8, and 0.9 times with fp8, on an H200.
     few = rows == 1 if is_few is None else is_few
-    if few and not (is_nvidia and layer.weight.element == "bf16"):
+    if few and not (is_nvidia and layer.weight.element in {"bf16", "fp8"}):
         return DensePlan(streams=True, rows=1, cut=_OF_FEW)
     if INTERPRETED.value:
         return DensePlan(streams=False, rows=16, cut=_OF_INTERPRETER)
