@@ -266,11 +266,10 @@ class CpuDevice(ExpertDevice):
         )
         return Limits(read_bytes_per_s=read, int8_ops_per_s=int8, bf16_ops_per_s=bf16)
 
-    def usage(self) -> HostUsage:
+    def usage(self) -> HostUsage | None:
         """See ``ExpertDevice.usage``."""
         if self._device is None:
-            msg = "the device is closed"
-            raise RuntimeError(msg)
+            return None
         busy, awaited = self._device.usage()
         return HostUsage(busy_s=busy / 1e9, awaited_s=awaited / 1e9)
 

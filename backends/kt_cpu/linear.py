@@ -100,6 +100,7 @@ class CpuLinearKernel(LinearKernel):
 
     def load_packed(self, packed: torch.Tensor) -> None:
         """See ``LinearKernel.load_packed``."""
+        check_packed(packed, LinearLayout.of(self.spec, self.weight_format))
         self.map_packed(packed.clone())
 
     def map_packed(self, packed: torch.Tensor) -> bool:

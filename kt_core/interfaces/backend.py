@@ -152,7 +152,8 @@ class ExpertDevice(ABC):
     def usage(self) -> HostUsage | None:
         """Return what its host threads have done so far.
 
-        Asked for before and after each step. By default None: nobody knows.
+        Asked for before and after each step, also where the device was closed while an answer was
+        under way. None: nobody knows, as by default, or it is closed.
         """
         return None
 

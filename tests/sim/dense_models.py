@@ -28,6 +28,10 @@ from sim.target import NAME
 FORMATS = {f.descriptor.name: f for f in BUILT_IN_FORMATS}
 # A tied output head; biases; gate and up of shared experts that are two tensors on disk.
 FAMILIES = ("qwen3_moe", "cohere2_moe", "gpt_oss", "deepseek_v3")
+COMBINATIONS = [
+    *((family, dense_format) for family in FAMILIES for dense_format in ("int8", "mxfp4")),
+    *(("qwen3_moe", dense_format) for dense_format in ("int4", "fp8", "bf16")),
+]
 Pack = Callable[..., Path]
 
 

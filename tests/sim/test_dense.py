@@ -22,7 +22,7 @@ from kt_core.errors import NotEnoughMemoryError, UnsupportedFormatError
 from kt_core.plugins import Registry
 from sim import target
 from sim.dense_models import (
-    FAMILIES,
+    COMBINATIONS,
     FORMATS,
     Pack,
     dequantised,
@@ -50,8 +50,7 @@ def logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
         return engine.model(input_ids=ids.to(WHERE)).logits.cpu()
 
 
-@pytest.mark.parametrize("dense_format", ["int8", "int4", "fp8", "mxfp4", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dense_format"), COMBINATIONS)
 def test_logits_are_those_of_the_dequantised_layers(
     family: str, dense_format: str, pack: Pack, registry: Registry
 ) -> None:

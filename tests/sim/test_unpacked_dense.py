@@ -25,6 +25,7 @@ from kt_core.errors import CheckpointError, NotEnoughMemoryError, UnsupportedDen
 from kt_core.plugins import Registry
 from sim import target
 from sim.dense_models import (
+    COMBINATIONS,
     FAMILIES,
     Pack,
     dequantised,
@@ -54,8 +55,7 @@ def _leaves_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "capabilities", without_dense)
 
 
-@pytest.mark.parametrize("dense_format", ["int8", "int4", "fp8", "mxfp4", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dense_format"), COMBINATIONS)
 def test_logits_are_those_of_the_dequantised_layers(
     family: str, dense_format: str, pack: Pack
 ) -> None:
