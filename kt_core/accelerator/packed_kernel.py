@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kt_core.accelerator.precision import named_precision
 from kt_core.interfaces import ExpertKernel, ExpertWeights, QuantizedTensor, Ticket
 from kt_core.interfaces.checks import (
     check_expert,
@@ -124,10 +125,7 @@ class PackedExpertKernel(ExpertKernel):
 
     def precision_for(self, hidden_type: torch.dtype) -> ActivationPrecision:
         """See ``ExpertKernel.precision_for``: bfloat16 stays what it is, others lose nothing."""
-        if self._precision is not ActivationPrecision.AUTO:
-            return self._precision
-        is_bf16 = hidden_type is torch.bfloat16
-        return ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.FLOAT32
+        return named_precision(self._precision, hidden_type)
 
     def load(self, expert: int, weights: ExpertWeights) -> None:
         """See ``ExpertKernel.load``. Packed where the weights lie, in torch; then copied.

@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 import torch
 
+from kt_core.accelerator.precision import named_precision
 from kt_core.interfaces import LinearKernel, QuantizedTensor
 from kt_core.interfaces.checks import check_linear, check_linear_finite, check_rows
 from kt_core.packed import LinearLayout
@@ -102,14 +103,7 @@ class PackedLinearKernel(LinearKernel):
         packed = self.packed()
         rows = x.detach().reshape(-1, self.spec.in_features).contiguous()
         if len(rows):
-            out = self.compute(rows, packed, self._precision_for(x.dtype))
+            out = self.compute(rows, packed, named_precision(self._precision, x.dtype))
         else:
             out = rows.new_empty((0, self.spec.out_features))
         return out.view(*x.shape[:-1], self.spec.out_features)
-
-    def _precision_for(self, dtype: torch.dtype) -> ActivationPrecision:
-        """As of experts: bfloat16 stays what it is, others lose nothing."""
-        if self._precision is not ActivationPrecision.AUTO:
-            return self._precision
-        is_bf16 = dtype is torch.bfloat16
-        return ActivationPrecision.BF16 if is_bf16 else ActivationPrecision.FLOAT32
